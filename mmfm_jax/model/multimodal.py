@@ -1,0 +1,106 @@
+"""The whole model: one encoder a modality and the fusion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from mmfm_jax.config import ModelConfig
+from mmfm_jax.data.batch import PAD, Batch, InputSpec
+from mmfm_jax.model.fusion import Fusion
+from mmfm_jax.model.tabular import TableEncoder
+from mmfm_jax.model.text import TextEncoder
+from mmfm_jax.model.vision import VisionEncoder
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What an encoder makes of one part of a study: `image/ROLE`, `text/FIELD` or `table`."""
+
+    x: Float[Array, "batch token width"]
+    present: Bool[Array, "batch token"]
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What an encoder is not shown, for masked modelling. Parts that are not named are shown whole."""
+
+    kept_patches: dict[str, Int[Array, "batch kept"]]
+    """Patches that remain of each role; the encoder sees them alone."""
+    tokens: dict[str, Bool[Array, "batch length"]]
+    columns: Bool[Array, "batch column"] | None
+
+
+Encoded = dict[str, Tokens]
+SHOWN = Hidden({}, {}, None)
+
+
+def modality(part: str) -> str:
+    """`image`, `text` or `table`, from the name of a part."""
+    return part.split("/")[0]
+
+
+class MultimodalModel(nnx.Module):
+    """Encoders of the modalities that the inputs hold, and their fusion. Expects batches from `transforms.prepare`."""
+
+    def __init__(self, config: ModelConfig, spec: InputSpec, rngs: nnx.Rngs):
+        self.mask_token = spec.mask_token
+        dtype = jnp.dtype(config.dtype)
+        self.vision = VisionEncoder(config.vision, spec.images, dtype, rngs) if spec.images else None
+        self.text = TextEncoder(config.text, spec.vocabulary_size, dtype, rngs) if spec.texts else None
+        self.table = TableEncoder(config.table, spec, dtype, rngs) if spec.numbers or spec.categories else None
+        widths = {f"image/{role}": config.vision.width for role in spec.images}
+        widths |= {f"text/{field}": config.text.width for field in spec.texts}
+        widths |= {"table": config.table.width} if self.table is not None else {}
+        self.fusion = Fusion(config.fusion, widths, dtype, rngs)
+
+    def encode(self, batch: Batch, hidden: Hidden = SHOWN) -> Encoded:
+        """Tokens of every part, whether present or not; `Tokens.present` tells."""
+        encoded = {}
+        for role, image in batch.images.items():
+            x = self.vision(role, image, hidden.kept_patches.get(role))
+            encoded[f"image/{role}"] = Tokens(x, jnp.broadcast_to(image.present[:, None], x.shape[:2]))
+        for field, text in batch.texts.items():
+            present = (text.tokens != PAD) & text.present[:, None]
+            tokens = text.tokens
+            if field in hidden.tokens:
+                tokens = jnp.where(hidden.tokens[field], self.mask_token, tokens)
+            encoded[f"text/{field}"] = Tokens(self.text(tokens, present), present)
+        if self.table is not None:
+            x = self.table(batch.table, hidden.columns)
+            encoded["table"] = Tokens(x, jnp.broadcast_to(table_present(batch)[:, None], x.shape[:2]))
+        return encoded
+
+    def fuse(
+        self, encoded: Encoded, keep: dict[str, Bool[Array, "batch"]] | None = None
+    ) -> Float[Array, "batch latent width"]:
+        """The fused latents of each study; a modality that `keep` denies a study is absent to it."""
+        keep = keep or {}
+        present = {
+            part: tokens.present & keep[modality(part)][:, None] if modality(part) in keep else tokens.present
+            for part, tokens in encoded.items()
+        }
+        return self.fusion({part: tokens.x for part, tokens in encoded.items()}, present)
+
+
+def table_present(batch: Batch) -> Bool[Array, "batch"]:
+    """Whether a study has any value in its table."""
+    return batch.table.number_present.any(axis=1) | batch.table.category_present.any(axis=1)
+
+
+def drop_modalities(
+    encoded: Encoded, chance: float, rng: jax.Array
+) -> dict[str, Bool[Array, "batch"]]:
+    """Which modalities each study keeps when each is hidden with `chance`; one that is present is always left."""
+    held = {}
+    for part, tokens in encoded.items():
+        held[modality(part)] = held.get(modality(part), False) | tokens.present.any(axis=1)
+    order = jax.random.uniform(rng, (len(held), *next(iter(held.values())).shape))
+    present = jnp.stack(list(held.values()))
+    score = jnp.where(present, order, -1)
+    kept = (score >= chance) | (score == score.max(axis=0))
+    return dict(zip(held, kept))

@@ -1,0 +1,25 @@
+"""The text encoder: bidirectional, one for all fields."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from mmfm_jax.config import TransformerConfig
+from mmfm_jax.model.layers import Table
+from mmfm_jax.model.position import angles_1d
+from mmfm_jax.model.transformer import Transformer
+
+
+class TextEncoder(nnx.Module):
+    def __init__(self, config: TransformerConfig, vocabulary_size: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config, self.dtype = config, dtype
+        self.embed = Table(vocabulary_size, config.width, rngs, axis="vocabulary")
+        self.transformer = Transformer(config, rngs)
+
+    def __call__(
+        self, tokens: Int[Array, "batch length"], present: Bool[Array, "batch length"]
+    ) -> Float[Array, "batch length width"]:
+        angles = angles_1d(tokens.shape[1], self.config.width // self.config.heads)[None]
+        return self.transformer(self.embed(tokens).astype(self.dtype), present, jnp.asarray(angles, jnp.float32))
