@@ -1,0 +1,18 @@
+"""Proxy tasks, one file each. A file here that defines a `Task` with a `Config` of its own kind is a task; no list to edit."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from typing import get_args
+
+from mmfm_jax.tasks.base import Task
+
+
+@functools.cache
+def task_types() -> dict[str, type[Task]]:
+    """Every task by the `kind` that names it in a configuration."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return {get_args(task.Config.model_fields["kind"].annotation)[0]: task for task in Task.__subclasses__()}

@@ -1,0 +1,137 @@
+"""Contrast of two modalities of a study: sigmoid (SigLIP, arXiv:2303.15343) or softmax (CLIP, arXiv:2103.00020)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+from pydantic import PositiveInt, model_validator
+
+from mmfm_jax.config import ModelConfig, TaskConfig
+from mmfm_jax.data.batch import Batch, InputSpec
+from mmfm_jax.errors import UserError
+from mmfm_jax.model.attention import Attention
+from mmfm_jax.model.layers import Linear, RMSNorm, Table
+from mmfm_jax.model.multimodal import Encoded, modality
+from mmfm_jax.tasks.base import Metrics, Task, Views, mean_where
+
+Modality = Literal["image", "text", "table"]
+INITIAL_SCALE, INITIAL_BIAS = 10.0, -10.0  # of the sigmoid loss: all pairs start as confident negatives
+INITIAL_SOFTMAX_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0
+
+
+class ContrastiveConfig(TaskConfig):
+    """Two modalities of one study are drawn together, those of different studies apart."""
+
+    kind: Literal["contrastive"] = "contrastive"
+    between: tuple[Modality, Modality] = ("image", "text")
+    loss: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Each pair judged by itself (SigLIP), or each study's partner chosen among the batch (CLIP)."""
+    width: PositiveInt = 128
+    """Of the space in which the two meet."""
+    mask_duplicates: bool = False
+    """Pairs of different studies whose texts are identical are not counted as negatives."""
+
+    @model_validator(mode="after")
+    def _two(self):
+        if self.between[0] == self.between[1]:
+            raise ValueError(f"between names {self.between[0]} twice; name two modalities")
+        return self
+
+
+class Pool(nnx.Module):
+    """One learned query attends to all tokens of a modality; its answer is mapped to a unit vector."""
+
+    def __init__(self, width: int, heads: int, embedding: int, rngs: nnx.Rngs):
+        self.query = Table(1, width, rngs)
+        self.attend = Attention(width, heads, rngs)
+        self.norm = RMSNorm(width)
+        self.project = Linear(width, embedding, ("width", None), rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch token width"], present: Bool[Array, "batch token"]
+    ) -> Float[Array, "batch embedding"]:
+        query = jnp.broadcast_to(self.query.all, (len(x), *self.query.all.shape)).astype(x.dtype)
+        pooled = self.project(self.norm(self.attend(query, x, present)[:, 0])).astype(jnp.float32)
+        return pooled * jax.lax.rsqrt(jnp.square(pooled).sum(axis=-1, keepdims=True) + 1e-12)
+
+
+class Contrastive(Task):
+    Config = ContrastiveConfig
+
+    def __init__(self, name: str, config: ContrastiveConfig, model: ModelConfig, spec: InputSpec, rngs: nnx.Rngs):
+        super().__init__(name, config, model, spec, rngs)
+        for side in config.between:
+            if side not in spec.modalities:
+                held = ", ".join(spec.modalities)
+                raise UserError(f"tasks.{name}.between: the inputs hold no {side}; they hold {held}")
+        encoders = {"image": model.vision, "text": model.text, "table": model.table}
+        self.pool = nnx.Dict(
+            {side: Pool(encoders[side].width, encoders[side].heads, config.width, rngs) for side in config.between}
+        )
+        sigmoid = config.loss == "sigmoid"
+        self.log_scale = nnx.Param(jnp.log(INITIAL_SCALE if sigmoid else INITIAL_SOFTMAX_SCALE), axes=())
+        self.bias = nnx.Param(jnp.array(INITIAL_BIAS), axes=()) if sigmoid else None
+
+    def embed(self, views: Views) -> dict[str, tuple[Float[Array, "batch embedding"], Bool[Array, "batch"]]]:
+        """The unit vector of each side, and whether the study has that side."""
+        return {side: self._embed(side, views.encoded) for side in self.config.between}
+
+    def _embed(self, side: str, encoded: Encoded):
+        parts = [tokens for part, tokens in encoded.items() if modality(part) == side]
+        present = jnp.concatenate([tokens.present for tokens in parts], axis=1)
+        return self.pool[side](jnp.concatenate([tokens.x for tokens in parts], axis=1), present), present.any(axis=1)
+
+    def loss(self, views: Views, rng: jax.Array) -> tuple[Float[Array, ""], Metrics]:
+        (a, a_present), (b, b_present) = self.embed(views).values()
+        paired = a_present & b_present
+        compared = paired[:, None] & paired[None, :]
+        if self.config.mask_duplicates and "text" in self.config.between:
+            compared &= ~same_text(views.batch) | jnp.eye(len(a), dtype=bool)
+        scale = jnp.minimum(jnp.exp(self.log_scale[...]), LARGEST_SCALE)
+        similarity = scale * a @ b.T
+        if self.bias is not None:
+            loss = sigmoid_loss(similarity + self.bias[...], compared)
+        else:
+            loss = softmax_loss(similarity, compared)
+        hit = jnp.where(compared, similarity, -jnp.inf).argmax(axis=1) == jnp.arange(len(a))
+        return loss, {"accuracy": mean_where(hit.astype(jnp.float32), paired), "scale": scale}
+
+
+def sigmoid_loss(logits: Float[Array, "batch batch"], compared: Bool[Array, "batch batch"]) -> Float[Array, ""]:
+    """Each compared pair is a yes-no question, yes on the diagonal; summed, over the number of studies that have both."""
+    sign = 2 * jnp.eye(len(logits)) - 1
+    studies = jnp.maximum(jnp.diag(compared).sum(), 1)
+    return -jnp.where(compared, jax.nn.log_sigmoid(sign * logits), 0).sum() / studies
+
+
+def softmax_loss(logits: Float[Array, "batch batch"], compared: Bool[Array, "batch batch"]) -> Float[Array, ""]:
+    """Cross-entropy of each study's partner among those compared, both ways, averaged."""
+    paired, partner = jnp.diag(compared), jnp.arange(len(logits))
+
+    def one_way(logits, compared):
+        masked = jnp.where(compared | jnp.eye(len(logits), dtype=bool), logits, -1e9)
+        return mean_where(optax.softmax_cross_entropy_with_integer_labels(masked, partner), paired)
+
+    return (one_way(logits, compared) + one_way(logits.T, compared.T)) / 2
+
+
+def same_text(batch: Batch) -> Bool[Array, "batch batch"]:
+    """Whether two studies have the same tokens in every text field, by a 64-bit hash of each study's tokens."""
+    tokens = jnp.concatenate([text.tokens for _, text in sorted(batch.texts.items())], axis=1).astype(jnp.uint32)
+    salt = np.random.default_rng(0).integers(1, 2**32, (2, tokens.shape[1]), dtype=np.uint32) | np.uint32(1)
+    first, second = (_mixed(tokens, row) for row in salt)
+    return (first[:, None] == first) & (second[:, None] == second)
+
+
+def _mixed(tokens, salt):
+    """A 32-bit hash of each row: products with odd salts, scrambled before they are summed."""
+    x = (tokens + 1) * salt
+    x = (x ^ (x >> 15)) * jnp.uint32(0x2C1B3C6D)
+    x = (x ^ (x >> 12)) * jnp.uint32(0x297A2D39)
+    return (x ^ (x >> 15)).sum(axis=1, dtype=jnp.uint32)

@@ -1,0 +1,164 @@
+"""Masked multimodal modelling: parts of every modality are hidden and predicted from the fused latents of the rest.
+
+Images as in MAE (arXiv:2111.06377): the encoder sees the kept patches alone, so hiding makes it cheaper. Texts as in
+BERT: hidden tokens become the mask token. Columns: value and missingness give way to a learned embedding. Whatever is
+hidden of one modality can be read off the others, for the decoder sees nothing but the latents.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+from pydantic import PositiveInt
+
+from mmfm_jax.config import ModelConfig, Probability, TaskConfig, TransformerConfig
+from mmfm_jax.data.batch import PAD, InputSpec
+from mmfm_jax.errors import UserError
+from mmfm_jax.model.decoder import Decoder
+from mmfm_jax.model.layers import Linear, Table
+from mmfm_jax.model.multimodal import Hidden, table_present
+from mmfm_jax.model.position import angles_1d, angles_3d, waves
+from mmfm_jax.model.vision import patch_centres_mm, patches
+from mmfm_jax.tasks.base import Metrics, Task, Views, mean_where
+
+
+class MaskedConfig(TaskConfig):
+    """Hides a share of each modality and predicts it from what is left of all."""
+
+    kind: Literal["masked"] = "masked"
+    image: Probability = 0.6
+    """Share of the patches that is hidden."""
+    text: Probability = 0.3
+    """Share of a text's tokens."""
+    table: Probability = 0.3
+    """Share of the columns."""
+    depth: PositiveInt = 2
+    """Blocks of the decoder."""
+
+
+class Masked(Task):
+    Config = MaskedConfig
+
+    def __init__(self, name: str, config: MaskedConfig, model: ModelConfig, spec: InputSpec, rngs: nnx.Rngs):
+        super().__init__(name, config, model, spec, rngs)
+        if not (config.image and spec.images or config.text and spec.texts or config.table and "table" in spec.modalities):
+            raise UserError(f"tasks.{name}: hides nothing of the inputs; raise image, text or table above 0")
+        width, heads = model.fusion.width, model.fusion.heads
+        self.wavelengths_mm = model.vision.wavelengths_mm
+        self.shapes = tuple(spec.images.items()) if config.image else ()
+        self.fields = tuple(spec.texts) if config.text else ()
+        self.numbers, self.categories = (len(spec.numbers), len(spec.categories)) if config.table else (0, 0)
+        self.sizes = tuple(len(v) for v in spec.categories.values()) if config.table else ()
+        self.decoder = Decoder(
+            TransformerConfig(width=width, depth=config.depth, heads=heads, mlp_ratio=model.fusion.mlp_ratio), rngs
+        )
+        self.width = width
+        parts = len(self.shapes) + len(self.fields) + self.numbers + self.categories
+        self.query = Table(parts, width, rngs)  # one a role, a field and a column
+        self.place = Linear(width, width, ("mlp", "width"), rngs)
+        self.voxels = nnx.Dict(
+            {
+                role: Linear(width, math.prod(shape.patch) * shape.channels, ("width", None), rngs, bias=True)
+                for role, shape in self.shapes
+            }
+        )
+        self.tokens = Linear(width, spec.vocabulary_size, ("width", "vocabulary"), rngs, bias=True) if self.fields else None
+        columns = self.numbers + sum(self.sizes)
+        self.columns = Linear(width, columns, ("width", None), rngs, bias=True) if columns else None
+
+    def loss(self, views: Views, rng: jax.Array) -> tuple[Float[Array, ""], Metrics]:
+        """Sum of the mean losses of images (squared error of windowed voxels), of texts (cross-entropy) and of columns
+        (squared error of standardised numbers, cross-entropy of categories)."""
+        batch, rngs = views.batch, jax.random.split(rng, len(self.shapes) + len(self.fields) + 1)
+        studies = batch.study.shape[0]
+        hidden_patches, kept, hidden_tokens = {}, {}, {}
+        for key, (role, shape) in zip(rngs, self.shapes):
+            count = math.prod(shape.grid)
+            order = jax.random.uniform(key, (studies, count)).argsort(axis=1)
+            cut = min(max(round(self.config.image * count), 1), count - 1)
+            hidden_patches[role], kept[role] = order[:, :cut], jnp.sort(order[:, cut:], axis=1)
+        for key, field in zip(rngs[len(self.shapes) :], self.fields):
+            text = batch.texts[field]
+            hidden_tokens[field] = choose(key, (text.tokens != PAD) & text.present[:, None], self.config.text)
+        columns = None
+        if self.columns is not None:
+            columns = jax.random.bernoulli(rngs[-1], self.config.table, (studies, self.numbers + self.categories))
+        marked = {field: _marked(*chosen, batch.texts[field].tokens.shape[1]) for field, chosen in hidden_tokens.items()}
+        latents = views.model.fuse(views.model.encode(batch, Hidden(kept, marked, columns)))
+
+        queries = [self._image_queries(i, role, hidden_patches[role], batch) for i, (role, _) in enumerate(self.shapes)]
+        queries += [self._text_queries(i, field, *hidden_tokens[field][:1], batch) for i, field in enumerate(self.fields)]
+        if self.columns is not None:
+            own = self.query.all[len(self.shapes) + len(self.fields) :]
+            queries.append(jnp.broadcast_to(own, (studies, *own.shape)))
+        lengths = [query.shape[1] for query in queries]
+        decoded = self.decoder(jnp.concatenate(queries, axis=1).astype(latents.dtype), latents)
+        cuts = [sum(lengths[:i]) for i in range(1, len(lengths))]
+        answers = iter(jnp.split(decoded.astype(jnp.float32), cuts, axis=1))
+
+        metrics = {}
+        for role, shape in self.shapes:
+            target = jnp.take_along_axis(patches(batch.images[role].voxels, shape), hidden_patches[role][:, :, None], 1)
+            error = jnp.square(self.voxels[role](next(answers)) - target).mean(axis=-1)
+            metrics[f"image/{role}"] = mean_where(error, batch.images[role].present[:, None])
+        for field in self.fields:
+            chosen, valid = hidden_tokens[field]
+            target = jnp.take_along_axis(batch.texts[field].tokens, chosen, axis=1)
+            entropy = optax.softmax_cross_entropy_with_integer_labels(self.tokens(next(answers)), target)
+            metrics[f"text/{field}"] = mean_where(entropy, valid)
+        if self.columns is not None:
+            metrics |= self._column_losses(self.columns(next(answers)), columns, batch)
+        return sum(metrics.values()), metrics
+
+    def _image_queries(self, part: int, role: str, hidden: Int[Array, "batch hidden"], batch):
+        centres = patch_centres_mm(batch.images[role].spacing_mm, dict(self.shapes)[role])
+        angles = angles_3d(jnp.take_along_axis(centres, hidden[:, :, None], axis=1), self.width, self.wavelengths_mm)
+        return self.query.all[part] + self.place(waves(angles))
+
+    def _text_queries(self, index: int, field: str, hidden: Int[Array, "batch hidden"], batch):
+        angles = jnp.asarray(angles_1d(batch.texts[field].tokens.shape[1], self.width), jnp.float32)
+        return self.query.all[len(self.shapes) + index] + self.place(waves(angles)[hidden])
+
+    def _column_losses(self, answers: Float[Array, "batch column output"], hidden: Bool[Array, "batch column"], batch):
+        """Each column reads its own outputs: one for a number, one a class for a category."""
+        table, held = batch.table, table_present(batch)[:, None]
+        losses = {}
+        if self.numbers:
+            own = jnp.arange(self.numbers)
+            error = jnp.square(answers[:, own, own] - table.numbers)
+            losses["table/numbers"] = mean_where(error, hidden[:, : self.numbers] & table.number_present & held)
+        first, entropies = self.numbers, []
+        for i, size in enumerate(self.sizes):
+            logits = answers[:, self.numbers + i, first : first + size]
+            entropies.append(optax.softmax_cross_entropy_with_integer_labels(logits, table.categories[:, i]))
+            first += size
+        if entropies:
+            asked = hidden[:, self.numbers :] & table.category_present & held
+            losses["table/categories"] = mean_where(jnp.stack(entropies, axis=1), asked)
+        return losses
+
+
+def choose(
+    rng: jax.Array, present: Bool[Array, "batch position"], share: float
+) -> tuple[Int[Array, "batch chosen"], Bool[Array, "batch chosen"]]:
+    """A random `share` of the positions present in each row, at least one of those: positions, and which count.
+
+    The number of columns is that of a full row, so that shapes are static.
+    """
+    score = jnp.where(present, jax.random.uniform(rng, present.shape), 2.0)
+    width = max(math.ceil(share * present.shape[1]), 1)
+    chosen = score.argsort(axis=1)[:, :width]
+    held = present.sum(axis=1, keepdims=True)
+    wanted = jnp.minimum(jnp.maximum(jnp.round(share * held), 1), held)
+    return chosen, jnp.arange(width) < wanted
+
+
+def _marked(chosen: Int[Array, "batch chosen"], valid: Bool[Array, "batch chosen"], length: int):
+    """The chosen positions that count, as a mask over all positions."""
+    return ((chosen[:, :, None] == jnp.arange(length)) & valid[:, :, None]).any(axis=1)
