@@ -1,0 +1,91 @@
+"""A run's folder: what is in it, and the rules by which a run may go on in it.
+
+    config.yaml        the resolved experiment
+    inputs.json        shapes, vocabularies and normalisation that the model was built for
+    tokenizer.json     Hugging Face format
+    checkpoints/       orbax, a folder a step
+    metrics.jsonl      one line a logged step
+    tensorboard/
+    evaluation.json, report.html   by `mmfm evaluate`
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mmfm_jax.config import Experiment, load_experiment, to_yaml
+from mmfm_jax.data.batch import InputSpec
+from mmfm_jax.data.tokenizer import Tokenizer
+from mmfm_jax.errors import UserError
+
+CONFIG, INPUTS, TOKENIZER = "config.yaml", "inputs.json", "tokenizer.json"
+
+MAY_CHANGE = (  # what a run may go on with changed: none of it alters the mathematics of a step
+    "name",
+    "mesh",
+    "checkpoint",
+    "evaluate",
+    "data.store",  # it may have moved; inputs.json must still agree
+    "data.reader_threads",
+    "data.prefetch_batches",
+    "train.log_every",
+    "train.validate_every",
+    "train.validate_batches",
+    "train.max_skipped",
+)
+
+
+def exists(run: Path) -> bool:
+    return (run / CONFIG).exists()
+
+
+def read(run: Path) -> tuple[Experiment, InputSpec, Tokenizer]:
+    """What a run was started with. Raises UserError when `run` holds none."""
+    if not exists(run):
+        raise UserError(f"{run}: is not a run (it has no {CONFIG}); give the folder that `mmfm train` wrote")
+    experiment = load_experiment(run / CONFIG)
+    try:
+        spec = InputSpec.model_validate_json((run / INPUTS).read_text())
+    except (OSError, ValidationError) as error:
+        raise UserError(f"{run / INPUTS}: is missing or damaged; start the run again in a new folder") from error
+    return experiment, spec, Tokenizer.load(str(run / TOKENIZER))
+
+
+def write(run: Path, experiment: Experiment, spec: InputSpec, tokenizer: Tokenizer) -> None:
+    """Writes each file whole or not at all; `config.yaml`, last, makes the folder a run."""
+    run.mkdir(parents=True, exist_ok=True)
+    replace(run / TOKENIZER, tokenizer.to_json())
+    replace(run / INPUTS, spec.model_dump_json(indent=1))
+    replace(run / CONFIG, to_yaml(experiment))
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def check_same(run: Path, held: Experiment, asked: Experiment) -> None:
+    """Raises UserError that names the first field in which a run may not go on as asked."""
+    before, now = (_flat(experiment.model_dump(mode="json")) for experiment in (held, asked))
+    for field in sorted(before.keys() | now.keys()):
+        if before.get(field) == now.get(field) or any(f"{field}.".startswith(f"{free}.") for free in MAY_CHANGE):
+            continue
+        raise UserError(
+            f"{run / CONFIG}: this run was started with {field} {before.get(field, 'not set')} and is now asked to go on "
+            f"with {now.get(field, 'not set')}; give the same value, or another --run to start anew"
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return flat
