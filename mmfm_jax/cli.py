@@ -14,6 +14,7 @@ EXAMPLES = {
     "inspect": "mmfm inspect data/lidc",
     "train": "mmfm train configs/demo.yaml --run runs/demo --train.steps 500",
     "evaluate": "mmfm evaluate runs/demo",
+    "schema": "mmfm schema > configs/experiment.schema.json",
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
 from collections import deque
@@ -19,7 +18,7 @@ from rich.console import Console
 
 from mmfm_jax.config import Experiment
 from mmfm_jax.data.batch import InputSpec
-from mmfm_jax.data.pipeline import Samples, batch_checksum, evaluation_batches, local_batches, make_spec, training_rows
+from mmfm_jax.data.pipeline import Samples, evaluation_batches, local_batches, make_spec, training_rows
 from mmfm_jax.data.store import StudyStore
 from mmfm_jax.data.tokenizer import Tokenizer
 from mmfm_jax.errors import UserError
@@ -34,7 +33,6 @@ from mmfm_jax.train.step import make_step, make_validation
 from mmfm_jax.train.telemetry import Clock, Telemetry
 
 AHEAD = 2  # steps given to the device before the metrics of the first are read
-"""Exit status is 0 on SIGTERM: the run is whole and goes on when started again."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,8 @@ def train(experiment: Experiment, run: str | Path, console: Console | None = Non
     def next_batch():
         with clock("data"):
             local = next(data)
-        if trace:
-            print(batch_checksum(local), file=trace, flush=True)
         return sharding.global_batch(local, rows, config.batch_size, mesh)
 
-    trace = _checksum_file()
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         stack.callback(data.close)
@@ -163,7 +158,8 @@ def start_or_resume(
     experiment: Experiment, store: StudyStore, run: Path, writes: bool
 ) -> tuple[InputSpec, Tokenizer]:
     """The specification and tokenizer of a run: those in its folder, or new ones written there by the first process."""
-    store.rows("train")
+    for split in ("train", "validation"):
+        store.rows(split)
     if folder.exists(run):
         held, spec, tokenizer = folder.read(run)
         folder.check_same(run, held, experiment)
@@ -278,8 +274,3 @@ class StopSignal:
     def reached(self, step: int) -> bool:
         return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
-
-def _checksum_file():
-    """MMFM_BATCH_CHECKSUMS=FILE records the checksum of every batch this process reads, to compare two runs."""
-    path = os.environ.get("MMFM_BATCH_CHECKSUMS")
-    return open(f"{path}.{jax.process_index()}", "a") if path else None

@@ -1,0 +1,253 @@
+"""`report.html`: one page, complete in itself, that shows a reader what a run learnt.
+
+It names no patient, path or machine. It does show a few images and texts of the store.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import roc_curve
+
+from mmfm_jax.data.pipeline import Samples
+from mmfm_jax.data.store import StudyStore
+from mmfm_jax.evaluate import figures
+from mmfm_jax.evaluate.features import FUSED, Features
+from mmfm_jax.evaluate.metrics import Measure, confidence, retrieval_ranks
+from mmfm_jax.evaluate.protocols import Predictions
+from mmfm_jax.train import folder
+
+EXAMPLES = 12
+NOT_DRAWN = {"step", "time"}
+
+CSS = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: 0; }
+h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
+p.note { color: #555; } img { max-width: 100%; }
+table { border-collapse: collapse; font-size: 0.88rem; } th { text-align: left; }
+td, th { padding: 0.15rem 0.9rem 0.15rem 0; border-bottom: 1px solid #eee; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.pair { display: flex; flex-wrap: wrap; gap: 1rem; }
+.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(28rem, 1fr)); gap: 1rem; }
+.example { display: flex; gap: 0.8rem; font-size: 0.82rem; line-height: 1.35; } .example img { flex: none; }
+.example p { margin: 0 0 0.4rem; } .example b { color: #555; font-weight: 600; }
+"""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A test study's image beside the text of the gallery nearest to it and its own."""
+
+    image: figures.Slice
+    nearest: str
+    own: str
+    rank: float
+    """Expected rank of its own text."""
+    gallery: int
+    """Texts it was ranked among."""
+
+
+def write_report(run: Path, trained, store: StudyStore, samples: Samples, result) -> None:
+    """Writes `report.html` in the run folder, whole or not at all."""
+    experiment = trained.experiment
+    shown = examples(result.test, image_text_task(result.test), store, samples, experiment.seed)
+    page = render(
+        title=experiment.name,
+        facts=(
+            f"Step {trained.step}. {len(result.test.rows)} studies of {len(np.unique(result.test.patients))} patients"
+            f" of the {experiment.evaluate.split} split, none of whom was trained on. Intervals: 95%, from"
+            f" {experiment.evaluate.bootstrap} resamples of patients. For research, not for clinical decisions."
+        ),
+        measures=result.measures,
+        predictions=result.predictions,
+        history=read_history(run / "metrics.jsonl"),
+        shown=shown,
+        notes=result.notes,
+    )
+    folder.replace(run / "report.html", page)
+
+
+def render(
+    title: str,
+    facts: str,
+    measures: dict[str, Measure],
+    predictions: list[tuple[str, Predictions]],
+    history: dict[str, tuple[np.ndarray, np.ndarray]],
+    shown: list[Example],
+    notes: Iterable[str],
+) -> str:
+    """The page; sections with nothing to show are left out."""
+    body = [f"<h1>{html.escape(title)}</h1>", _note(facts), *(_note(note) for note in notes)]
+    aurocs = {name.removesuffix("/auroc"): m for name, m in measures.items() if _is_auroc(name)}
+    recalls = {name: m for name, m in measures.items() if "/recall@" in name}
+    if aurocs:
+        body += [
+            "<h2>Telling one class from another</h2>",
+            _note(
+                "AUROC: the chance that a study of the class scores above one without it; 0.5 is guessing, 1 is"
+                " perfect. Dot: value on held-out patients. Line: its 95% interval."
+            ),
+            _image(figures.forest(aurocs, 0.5, "AUROC"), "Forest plot of AUROC"),
+        ]
+    curves = [_image(figures.roc(roc_curves(p), name), f"ROC of {name}") for name, p in predictions if _is_binary(p)]
+    reliability = [
+        _image(figures.calibration(confidence(p.by_predictor[FUSED], p.label), name), f"Calibration of {name}")
+        for name, p in predictions
+        if FUSED in p.by_predictor
+    ]
+    if curves:
+        body += ["<h2>ROC curves</h2>", _row(curves)]
+    if reliability:
+        body += [
+            "<h2>Calibration</h2>",
+            _note(
+                "Of the studies given a probability, the share that had the class; on the dotted line claims come true."
+            ),
+            _row(reliability),
+        ]
+    if recalls:
+        body += [
+            "<h2>Finding a study's partner</h2>",
+            _note("Recall@k: how often a study's own partner is among the first k found. Grey mark: chance."),
+            _image(figures.forest(recalls, None, "recall"), "Forest plot of recall"),
+        ]
+    if shown:
+        body += [
+            "<h2>Examples</h2>",
+            _note(
+                "Held-out studies drawn at random: middle slice at true scale, the text nearest to the image among"
+                f" those of {shown[0].gallery} studies, and the study's own text with its rank."
+            ),
+            _examples(shown),
+        ]
+    if history:
+        body += ["<h2>Training</h2>", _image(figures.training_curves(history), "Training curves")]
+    body += ["<h2>All measures</h2>", _table(measures)]
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{CSS}</style></head>\n<body>\n'
+        + "\n".join(body)
+        + "\n</body></html>\n"
+    )
+
+
+# ---------------------------------------------------------------- what is shown
+
+
+def roc_curves(of_label: Predictions) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """False and true positive rates of the predictors that use all they are given."""
+    return {
+        name: roc_curve(of_label.label, scores[:, 1] - scores[:, 0])[:2]
+        for name, scores in of_label.by_predictor.items()
+        if "_without_" not in name
+    }
+
+
+def read_history(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Steps and values of every number in a metrics.jsonl; a step logged again after a resume counts once."""
+    history: dict[str, dict[int, float]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # cut off by a kill in the middle of a write
+        for key, value in record.items():
+            if key not in NOT_DRAWN and isinstance(value, int | float):
+                history.setdefault(key, {})[record["step"]] = value
+    return {
+        key: (np.array(sorted(values)), np.array([values[step] for step in sorted(values)]))
+        for key, values in history.items()
+    }
+
+
+def image_text_task(test: Features) -> str | None:
+    """The first contrastive task between image and text."""
+    return next((task for task, both in test.embeddings.items() if set(both) == {"image", "text"}), None)
+
+
+def examples(test: Features, task: str | None, store: StudyStore, samples: Samples, seed: int) -> list[Example]:
+    """A few test studies drawn at random with their nearest texts; none when no task compares images with texts."""
+    if task is None:
+        return []
+    image, text = test.embeddings[task]["image"], test.embeddings[task]["text"]
+    both = np.flatnonzero(image.present & text.present)
+    ranks = retrieval_ranks(image.vectors[both], text.vectors[both], test.same["text"][both])
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(both))[:EXAMPLES])
+    nearest = (image.vectors[both[chosen]] @ text.vectors[both].T).argmax(axis=1)
+    return [
+        Example(
+            middle_slice(samples, int(test.rows[both[i]])),
+            first_text(store, samples, int(test.rows[both[j]])),
+            first_text(store, samples, int(test.rows[both[i]])),
+            float(ranks.expected[i]),
+            len(both),
+        )
+        for i, j in zip(chosen, nearest)
+    ]
+
+
+def first_text(store: StudyStore, samples: Samples, row: int) -> str:
+    """The first text of each field that the model reads, as the evaluation showed it."""
+    texts = store.table(row)[0]
+    return " ".join(texts[field][0] for field in samples.spec.texts if texts.get(field))
+
+
+def middle_slice(samples: Samples, row: int) -> figures.Slice:
+    """Of the first image role that the study holds."""
+    role, part = next((role, part) for role, part in samples.read(row, None).images.items() if part.present)
+    low, high = samples.spec.images[role].window
+    voxels = np.asarray(part.voxels)
+    pixels = np.clip((voxels[voxels.shape[0] // 2].astype(np.float32) - low) / (high - low), 0, 1)
+    _, y, x = (float(s) for s in part.spacing_mm)
+    return figures.Slice(pixels, (y, x))
+
+
+# ---------------------------------------------------------------- pieces of the page
+
+
+def _is_auroc(name: str) -> bool:
+    return name.endswith("/auroc") and "_minus_" not in name
+
+
+def _is_binary(of_label: Predictions) -> bool:
+    return len(of_label.classes) == 2
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>'
+
+
+def _row(images: list[str]) -> str:
+    return f'<div class="pair">{"".join(images)}</div>'
+
+
+def _image(figure, description: str) -> str:
+    return f'<img alt="{html.escape(description)}" src="{figures.to_data_uri(figure)}">'
+
+
+def _examples(shown: list[Example]) -> str:
+    """All in frames of one physical size: that of the largest."""
+    extents = [example.image.extent_mm for example in shown]
+    frame = max(y for y, _ in extents), max(x for _, x in extents)
+    cells = [
+        f'<div class="example">{_image(figures.scaled_slice(e.image, frame), "Middle slice")}<div>'
+        f"<p><b>Nearest</b> {html.escape(e.nearest)}</p>"
+        f"<p><b>Own (rank {e.rank:g})</b> {html.escape(e.own)}</p></div></div>"
+        for e in shown
+    ]
+    return f'<div class="examples">{"".join(cells)}</div>'
+
+
+def _table(measures: dict[str, Measure]) -> str:
+    rows = []
+    for name, m in measures.items():
+        interval = f"{m.low:.3f} to {m.high:.3f}" if m.low is not None else ""
+        cells = "".join(f'<td class="number">{cell}</td>' for cell in (f"{m.value:.3f}", interval, m.n))
+        rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
+    return f"<table><tr><th>measure</th><th>value</th><th>95% interval</th><th>studies</th></tr>{''.join(rows)}</table>"

@@ -1,0 +1,131 @@
+"""Tests run on the CPU with 8 virtual devices, so that sharding is tested on any machine."""
+
+import copy
+import dataclasses
+import os
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from mmfm_jax.config import Experiment, validate
+from mmfm_jax.data.batch import Batch, InputSpec
+from mmfm_jax.data.pipeline import Samples, local_batches, make_spec, training_rows
+from mmfm_jax.data.store import StudyStore, write_store
+from mmfm_jax.data.study import ColumnSpec, Image, ImageSpec, LabelSpec, Schema, Study
+from mmfm_jax.data.tokenizer import Tokenizer
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the processes that tests start
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+jax.config.update("jax_num_cpu_devices", 8)
+
+settings.register_profile("mmfm", deadline=None)  # the first example of a test pays for compiling
+settings.load_profile("mmfm")
+
+
+SMALL = {
+    "name": "small",
+    "seed": 1,
+    "inputs": {
+        "images": {"ct": {"size": [4, 8, 8], "patch": [2, 4, 4], "window": [0, 255]}},
+        "texts": {"report": {"length": 12, "sentence_keep": 0.5}},
+        "columns": ["age", "size_mm", "sex"],
+    },
+    "data": {"store": "", "vocabulary_size": 300, "augment": {"flip": 0.5, "shift_mm": 1}, "reader_threads": 2},
+    "model": {
+        "vision": {"width": 24, "depth": 2, "heads": 2, "registers": 2},
+        "text": {"width": 16, "depth": 2, "heads": 2, "gated": True},
+        "table": {"width": 16, "depth": 1, "heads": 2, "frequencies": 4},
+        "fusion": {"width": 16, "depth": 1, "heads": 2, "latents": 4, "drop": 0.2},
+        "dtype": "float32",
+    },
+    "tasks": {
+        "image_text": {"kind": "contrastive", "between": ["image", "text"], "width": 16, "mask_duplicates": True},
+        "image_table": {"kind": "contrastive", "between": ["image", "table"], "loss": "softmax", "width": 16},
+        "masked": {"kind": "masked", "depth": 1},
+        "disease": {"kind": "classification", "label": "disease"},
+    },
+    "optimizer": {"learning_rate": 3e-3, "warmup_steps": 4},
+    "train": {"steps": 12, "batch_size": 16, "log_every": 1, "validate_every": 6, "validate_batches": 1},
+    "checkpoint": {"every": 4},
+}
+
+
+def small_studies(n: int) -> list[Study]:
+    """Studies in which image, text and table say the same of a disease; any of them may be missing."""
+    rng = np.random.default_rng(0)
+    studies = []
+    for i in range(n):
+        sick = int(rng.integers(2))
+        voxels = rng.integers(0, 80, (4, 8, 8, 1)) + 150 * sick * (rng.random((4, 8, 8, 1)) < 0.5)
+        held = {
+            "images": {"ct": Image(voxels.astype(np.uint8), (2.0, 1.0, 1.0))},
+            "texts": {"report": tuple(f"The lesion is {('small', 'large')[sick]}. Reader {r}." for r in range(2))},
+            "row": {"age": float(rng.normal(60, 9)), "size_mm": 5 + 9 * sick + float(rng.normal()), "sex": "female"},
+            "labels": {"disease": sick},
+        }
+        kept = {name: part if rng.random() < 0.85 else {} for name, part in held.items()}
+        studies.append(Study(f"patient{i:03d}", ("train", "train", "validation", "test")[i % 4], **kept))
+    return studies
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory) -> str:
+    """The folder of a store of small studies."""
+    schema = Schema(
+        images={"ct": ImageSpec(dtype="uint8", shape=(4, 8, 8))},
+        texts={"report": "what a reader saw"},
+        columns={
+            "age": ColumnSpec(kind="number", unit="years"),
+            "size_mm": ColumnSpec(kind="number", unit="mm"),
+            "sex": ColumnSpec(kind="category", vocabulary=("female", "male")),
+        },
+        labels={"disease": LabelSpec(classes=("absent", "present"))},
+    )
+    url = str(tmp_path_factory.mktemp("small") / "store")
+    write_store(url, schema, small_studies(120))
+    return url
+
+
+@pytest.fixture(scope="session")
+def make_experiment(small_store):
+    """`make_experiment({"train.steps": 3, ...})`: the small experiment with fields changed."""
+
+    def make(changes: dict | None = None) -> Experiment:
+        raw = copy.deepcopy(SMALL)
+        for field, value in {"data.store": small_store, **(changes or {})}.items():
+            *path, last = field.split(".")
+            place = raw
+            for name in path:
+                place = place.setdefault(name, {})
+            place[last] = value
+        return validate(raw, "the test")
+
+    return make
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What a small experiment works on."""
+
+    experiment: Experiment
+    samples: Samples
+    spec: InputSpec
+    batch: Batch
+    """The raw global batch of the first step, on the host."""
+
+
+@pytest.fixture(scope="session")
+def material(make_experiment) -> Material:
+    experiment = make_experiment()
+    store = StudyStore.open(experiment.data.store)
+    tokenizer = Tokenizer.train(store.texts(store.rows("train")), experiment.data.vocabulary_size)
+    spec = make_spec(experiment.inputs, store.schema, store.stats, tokenizer)
+    samples = Samples(store, experiment.inputs, spec, tokenizer)
+    size = experiment.train.batch_size
+    batches = local_batches(training_rows(samples, "train", 0), size, np.arange(size), 0, 2, 1)
+    batch = next(batches)
+    batches.close()
+    return Material(experiment, samples, spec, batch)

@@ -1,0 +1,112 @@
+"""Bad input gets one clear sentence and exit status 2, and leaves nothing half-written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmfm_jax.cli import main
+
+
+def said(capsys, *arguments) -> str:
+    """What the command prints when it refuses."""
+    with pytest.raises(SystemExit) as exit:
+        main([str(argument) for argument in arguments])
+    assert exit.value.code == 2
+    captured = capsys.readouterr().err
+    assert captured.count("\n") == 1 and captured.startswith("mmfm: ") and "Traceback" not in captured
+    return captured
+
+
+@pytest.fixture
+def changed(config, tmp_path):
+    """`changed({"train.steps": "many"})`: the path of the small experiment with fields changed."""
+
+    def make(changes: dict) -> Path:
+        raw = yaml.safe_load(config.read_text())
+        for field, value in changes.items():
+            *path, last = field.split(".")
+            place = raw
+            for name in path:
+                place = place[name]
+            place[last] = value
+        path = tmp_path / "experiment.yaml"
+        path.write_text(yaml.safe_dump(raw))
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"train.stepz": 3}, "train.stepz: is not a known key"),
+        ({"train.steps": "many"}, "train.steps: Input should be a valid integer"),
+        ({"train.steps": -1}, "train.steps: Input should be greater than 0"),
+        ({"tasks.masked.kind": "maskd"}, "tasks.masked"),
+        ({"data.store": "/nowhere/store"}, "/nowhere/store: there is no store here"),
+        ({"train.batch_size": 12}, "train.batch_size: 12"),
+        ({"mesh": {"fsdp": 3}}, "mesh: data 1 x fsdp 3"),
+        ({"inputs.columns": ["age", "weight"]}, "weight"),
+        ({"tasks.disease.label": "grade"}, "tasks.disease.label"),
+        ({"data.vocabulary_size": 9}, "data.vocabulary_size 9"),
+        ({"data.tokenizer": "/nowhere/tokenizer.json"}, "/nowhere/tokenizer.json"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_configuration_that_cannot_train(changed, capsys, tmp_path, changes, expected):
+    run = tmp_path / "run"
+    assert expected in said(capsys, "train", changed(changes), "--run", run)
+    assert not run.exists() or not list(run.glob("*.yaml"))
+
+
+def test_an_override_that_is_wrong(config, tmp_path):
+    with pytest.raises(SystemExit) as exit:
+        main(["train", str(config), "--run", str(tmp_path / "run"), "--train.steps", "many"])
+    assert exit.value.code == 2 and not (tmp_path / "run").exists()
+
+
+def test_files_that_are_no_experiment(capsys, tmp_path):
+    assert "there is no such file" in said(capsys, "train", tmp_path / "no.yaml", "--run", tmp_path / "run")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert "holds no experiment" in said(capsys, "train", tmp_path / "list.yaml", "--run", tmp_path / "run")
+    (tmp_path / "broken.yaml").write_text("a: [\n")
+    assert "not valid YAML" in said(capsys, "train", tmp_path / "broken.yaml", "--run", tmp_path / "run")
+
+
+def test_a_folder_that_is_no_run(capsys, tmp_path, config):
+    assert "is not a run" in said(capsys, "evaluate", tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "holds files but no run" in said(capsys, "train", config, "--run", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.fixture
+def copied(small_store, tmp_path) -> Path:
+    return Path(shutil.copytree(small_store, tmp_path / "store"))
+
+
+def test_a_store_of_a_newer_format(capsys, copied):
+    described = json.loads((copied / "store.json").read_text())
+    (copied / "store.json").write_text(json.dumps(described | {"format_version": 99}))
+    assert "upgrade mmfm_jax" in said(capsys, "inspect", copied)
+
+
+def test_a_store_with_a_truncated_chunk(capsys, copied, changed, tmp_path):
+    chunk = next(path for path in sorted((copied / "volumes").rglob("c/**/*")) if path.is_file())
+    chunk.write_bytes(chunk.read_bytes()[: chunk.stat().st_size // 2])
+    message = said(capsys, "train", changed({"data.store": str(copied)}), "--run", tmp_path / "run")
+    assert "cut short" in message and "volumes/ct" in message
+    assert "volumes/ct" in said(capsys, "inspect", copied, "--verify")
+
+
+def test_a_store_without_patients_in_a_split(capsys, small_store, changed, tmp_path):
+    path = changed({"evaluate": {"split": "holdout"}})
+    assert path.exists()
+    from mmfm_jax.data.store import StudyStore
+    from mmfm_jax.errors import UserError
+
+    with pytest.raises(UserError, match="the split holdout has no patients"):
+        StudyStore.open(small_store).rows("holdout")

@@ -1,0 +1,204 @@
+"""The whole evaluation of an untrained model on a small store made here."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+
+from mmfm_jax.config import validate
+from mmfm_jax.data.pipeline import Samples, make_spec
+from mmfm_jax.data.store import StudyStore
+from mmfm_jax.data.study import ColumnSpec, Image, ImageSpec, LabelSpec, Schema, Study
+from mmfm_jax.data.tokenizer import Tokenizer
+from mmfm_jax.data.writer import write_store
+from mmfm_jax.errors import UserError
+from mmfm_jax.evaluate import evaluate as module
+from mmfm_jax.evaluate.metrics import chance, measure
+from mmfm_jax.tasks.learner import Learner
+from mmfm_jax.train.checkpoint import TrainedRun
+
+SCHEMA = Schema(
+    images={"scan": ImageSpec(dtype="uint8", shape=(4, 4, 4))},
+    texts={"report": "what was seen"},
+    columns={
+        "diameter_mm": ColumnSpec(kind="number", unit="mm"),
+        "contrast": ColumnSpec(kind="category", vocabulary=("no", "yes")),
+    },
+    labels={
+        "malignancy": LabelSpec(classes=("benign", "malignant")),
+        "spiculation": LabelSpec(classes=("no", "yes")),
+        "lobe": LabelSpec(classes=("upper", "middle", "lower")),
+    },
+)
+STUDIES = 120
+TOWER = {"width": 8, "depth": 1, "heads": 1}
+EXPERIMENT = {
+    "name": "tiny",
+    "inputs": {
+        "images": {"scan": {"size": [4, 4, 4], "patch": [4, 4, 4], "window": [0, 255]}},
+        "texts": {"report": {"length": 24}},
+        "columns": ["diameter_mm", "contrast"],
+    },
+    "model": {"vision": TOWER, "text": TOWER, "table": TOWER, "fusion": TOWER | {"latents": 2}, "dtype": "float32"},
+    "tasks": {
+        "image_text": {"kind": "contrastive", "width": 8},
+        "again": {"kind": "contrastive", "width": 8, "loss": "softmax"},
+        "image_table": {"kind": "contrastive", "between": ["image", "table"], "width": 8},
+        "diagnosis": {"kind": "classification", "label": "malignancy"},
+        "place": {"kind": "classification", "label": "lobe"},  # which no study carries
+    },
+    "train": {"steps": 1, "batch_size": 8},
+    "evaluate": {
+        "bootstrap": 50,
+        "batch_size": 32,
+        "recall_at": [5],
+        "baselines": {"diameter": ["diameter_mm"]},
+        "zero_shot": {
+            "spiculation": {"label": "spiculation", "positive": ["spicules"], "negative": ["smooth"]},
+        },
+    },
+}
+
+
+def study(number):
+    rng = np.random.default_rng(number)
+    malignant = int(rng.integers(2))
+    parts = {
+        "images": {"scan": Image(rng.integers(0, 256, (4, 4, 4, 1)).astype(np.uint8), (1.0, 1.0, 1.0))},
+        "texts": {"report": (f"nodule {number % 40}",)},
+        "row": {"diameter_mm": float(rng.normal(8 + 4 * malignant, 3)), "contrast": "yes"},
+        "labels": {"malignancy": malignant, "spiculation": int(rng.integers(2))},
+    }
+    if number % 10 == 0:
+        parts |= {"images": {}, "labels": {}}
+    patient = number // 2
+    return Study(patient=f"{patient:032x}", split="test" if patient % 2 else "train", **parts)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate") / "store"
+    write_store(str(folder), SCHEMA, (study(number) for number in range(STUDIES)))
+    return StudyStore.open(str(folder))
+
+
+@pytest.fixture(scope="module")
+def trained(store):
+    experiment = validate(EXPERIMENT | {"data": {"store": store.url}}, "test")
+    tokenizer = Tokenizer.train(store.texts(store.rows("train")), 300)
+    spec = make_spec(experiment.inputs, store.schema, store.stats, tokenizer)
+    return TrainedRun(experiment, spec, tokenizer, 1, Learner(experiment, spec, nnx.Rngs(0)))
+
+
+def silent(file=None):
+    return Console(file=file or io.StringIO(), width=200)
+
+
+@pytest.fixture(scope="module")
+def run(trained, tmp_path_factory):
+    """A run's folder after `mmfm evaluate`, and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("run"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_run", lambda path: trained)
+        result = module.evaluate(folder, silent(printed))
+    return folder, result, printed.getvalue()
+
+
+def test_evaluation_json_maps_every_name_to_value_interval_and_count(run):
+    folder, result, _ = run
+    measures = json.loads((folder / "evaluation.json").read_text())
+    assert all(set(measure) == {"value", "low", "high", "n"} for measure in measures.values())
+    left_out = [f"{kind}_without_{m}" for kind in ("fused", "linear_probe") for m in ("image", "text", "table")]
+    ways = [f"{a}_to_{b}" for a, b in (("image", "text"), ("text", "image"), ("image", "table"), ("table", "image"))]
+    assert set(measures) == {
+        *(f"malignancy/{name}/auroc" for name in ("fused", "linear_probe", "baseline_diameter", "baseline_table")),
+        *(f"malignancy/{name}/auroc" for name in left_out),
+        *(f"malignancy/fused_minus_baseline_{name}/auroc" for name in ("diameter", "table")),
+        "malignancy/fused/calibration_error",
+        *(f"spiculation/{name}/auroc" for name in ("zero_shot", "baseline_diameter", "baseline_table")),
+        *(
+            f"retrieval/{way}/{name}"
+            for way in [*ways, "image_text/image_to_text", "image_text/text_to_image"]
+            for name in ("recall@5", "recall@5_chance", "median_rank", "median_rank_chance")
+        ),
+    }
+    assert result.measures["malignancy/fused/auroc"].n == 54  # 60 test studies, of which every tenth is unlabelled
+
+
+def test_baseline_is_fitted_on_the_training_patients_and_measured_on_the_test_patients(run, store):
+    def split(name):
+        rows = [store.table(int(row)) for row in store.rows(name)]
+        known = [(values["diameter_mm"], labels["malignancy"]) for _, values, labels in rows if labels]
+        return np.array([[x] for x, _ in known]), np.array([y for _, y in known])
+
+    (x, y), (test_x, test_y) = split("train"), split("test")
+    mean, sd = x.mean(axis=0), x.std(axis=0)
+    log_odds = LogisticRegression().fit((x - mean) / sd, y).decision_function((test_x - mean) / sd)
+    result = run[1]
+    ours = dict(result.predictions)["malignancy"].by_predictor["baseline_diameter"]
+    np.testing.assert_allclose(ours[:, 1] - ours[:, 0], log_odds, atol=1e-3)
+    auroc = result.measures["malignancy/baseline_diameter/auroc"]
+    assert auroc.value == pytest.approx(roc_auc_score(test_y, log_odds))
+    assert auroc.value > 0.7  # the diameter was made to tell
+
+
+def test_report_stands_alone_and_names_no_patient_and_no_path(run, store):
+    folder, _, printed = run
+    page = (folder / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and 'src="data:' in page and "http" not in page
+    patients = set(store.patients(np.arange(len(store))))
+    for text in (page, (folder / "evaluation.json").read_text(), printed):
+        assert not any(patient in text for patient in patients) and store.url not in text
+    assert "malignancy/fused/auroc" in printed and "report.html" in printed
+    assert sorted(p.name for p in folder.iterdir()) == ["evaluation.json", "report.html"]
+
+
+def asks(trained, **changes):
+    """The run with another `evaluate` section."""
+    asked = EXPERIMENT | {"data": {"store": "none"}, "evaluate": EXPERIMENT["evaluate"] | changes}
+    return dataclasses.replace(trained, experiment=validate(asked, "test"))
+
+
+def question(**changes):
+    return {"spiculation": EXPERIMENT["evaluate"]["zero_shot"]["spiculation"] | changes}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"split": "held_out"}, "held_out"),
+        ({"baselines": {"age": ["age"]}}, "evaluate.baselines.age: the store has no column age"),
+        ({"baselines": {"table": ["contrast"]}}, "evaluate.baselines.table: is the name of the gradient boosting"),
+        ({"zero_shot": question(label="lobe")}, "evaluate.zero_shot.spiculation.label: lobe is not"),
+        ({"zero_shot": question(negative=[])}, "evaluate.zero_shot.spiculation: lacks prompts"),
+        ({"zero_shot": question(task="diagnosis")}, "evaluate.zero_shot.spiculation.task: diagnosis is not"),
+        ({"zero_shot": question(task="image_table")}, "evaluate.zero_shot.spiculation.task: image_table is not"),
+        ({"zero_shot": question(task="none")}, "evaluate.zero_shot.spiculation.task: none is not"),
+    ],
+)
+def test_what_the_run_or_its_store_lacks_is_named_in_one_sentence(trained, store, changes, message):
+    asking = asks(trained, **changes)
+    samples = Samples(store, trained.experiment.inputs, trained.spec, trained.tokenizer)
+    with pytest.raises(UserError) as error:
+        module.measure_run(asking, store, samples, silent())
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_label_that_no_test_study_carries_is_left_out_with_a_note(run):
+    _, result, printed = run
+    assert len(result.notes) == 1 and result.notes[0].startswith("lobe is left out")
+    assert result.notes[0] in printed and not any(name.startswith("lobe/") for name in result.measures)
+
+
+def test_the_printed_table_puts_chance_beside_what_it_is_the_chance_of():
+    found = measure(lambda w: w.mean(axis=1), np.arange(4), 10, seed=0)
+    printed = io.StringIO()
+    silent(printed).print(module.results_table({"r/recall@5": found, "r/recall@5_chance": chance(0.125, 4)}))
+    lines = [line for line in printed.getvalue().splitlines() if "recall" in line]
+    assert len(lines) == 1 and "1.000" in lines[0] and "0.125" in lines[0]

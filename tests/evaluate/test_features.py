@@ -1,0 +1,143 @@
+"""What the frozen model makes of a split, on a small model with untrained weights."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmfm_jax.config import validate
+from mmfm_jax.data.batch import Batch, ImagePart, ImageShape, InputSpec, LabelPart, NumberStats, TablePart, TextPart
+from mmfm_jax.data.tokenizer import Tokenizer
+from mmfm_jax.evaluate.features import collect, embed_prompts, extractor, views_of
+from mmfm_jax.tasks.learner import Learner
+
+TOWER = {"width": 16, "depth": 1, "heads": 2}
+EXPERIMENT = {
+    "name": "tiny",
+    "inputs": {
+        "images": {"scan": {"size": [4, 4, 4], "patch": [2, 2, 2], "window": [0, 1]}},
+        "texts": {"report": {"length": 16}},
+        "columns": ["age"],
+    },
+    "data": {"store": "none"},
+    "model": {"vision": TOWER, "text": TOWER, "table": TOWER, "fusion": TOWER | {"latents": 2}, "dtype": "float32"},
+    "tasks": {
+        "image_text": {"kind": "contrastive", "width": 8},
+        "diagnosis": {"kind": "classification", "label": "disease"},
+    },
+    "train": {"steps": 1, "batch_size": 8},
+}
+STUDIES = 8
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["a round nodule", "a lobed mass"], 300)
+
+
+@pytest.fixture(scope="module")
+def spec(tokenizer):
+    return InputSpec(
+        images={"scan": ImageShape(size=(4, 4, 4), patch=(2, 2, 2), channels=1, window=(0, 1))},
+        texts={"report": 16},
+        vocabulary_size=tokenizer.vocabulary_size,
+        mask_token=tokenizer.mask_token,
+        numbers={"age": NumberStats(mean=50, sd=10)},
+        categories={},
+        labels={"disease": ("no", "yes")},
+    )
+
+
+@pytest.fixture(scope="module")
+def learner(spec):
+    return Learner(validate(EXPERIMENT, "test"), spec, nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def extract(learner, spec):
+    return extractor(learner, spec)
+
+
+def batch(tokenizer, real=STUDIES):
+    """Studies with every part; those after `real` pad the batch."""
+    rng = np.random.default_rng(0)
+    tokens = np.stack([tokenizer.encode(text, 16) for text in ("a round nodule", "a lobed mass") * (STUDIES // 2)])
+    return Batch(
+        study=np.where(np.arange(STUDIES) < real, 10 + np.arange(STUDIES), -1),
+        images={
+            "scan": ImagePart(
+                rng.random((STUDIES, 4, 4, 4, 1), np.float32), np.ones((STUDIES, 3), np.float32), np.ones(STUDIES, bool)
+            )
+        },
+        texts={"report": TextPart(tokens, np.ones(STUDIES, bool))},
+        table=TablePart(
+            rng.normal(50, 10, (STUDIES, 1)).astype(np.float32),
+            np.ones((STUDIES, 1), bool),
+            np.zeros((STUDIES, 0), np.int32),
+            np.zeros((STUDIES, 0), bool),
+        ),
+        labels={"disease": LabelPart(np.arange(STUDIES) % 2, np.arange(STUDIES) > 0)},
+    )
+
+
+def names(rows):
+    return np.array([f"p{row}" for row in rows])
+
+
+def test_a_view_without_a_modality_is_the_view_of_studies_that_lack_it(extract, tokenizer):
+    whole = batch(tokenizer)
+    text = whole.texts["report"]
+    lacking = dataclasses.replace(
+        whole, texts={"report": TextPart(np.zeros_like(text.tokens), np.zeros(STUDIES, bool))}
+    )
+    seen, without = collect(extract, [whole], names), collect(extract, [lacking], names)
+    np.testing.assert_allclose(seen.fused["fused_without_text"], without.fused["fused"], atol=1e-5)
+    np.testing.assert_allclose(
+        seen.heads["disease"]["fused_without_text"], without.heads["disease"]["fused"], atol=1e-5
+    )
+    assert np.abs(seen.fused["fused"] - without.fused["fused"]).max() > 1e-3
+    assert not without.embeddings["image_text"]["text"].present.any()
+
+
+def test_every_modality_is_left_out_once_and_a_lone_one_never():
+    assert views_of(("image", "table")) == {
+        "fused": None,
+        "fused_without_image": "image",
+        "fused_without_table": "table",
+    }
+    assert views_of(("image",)) == {"fused": None}
+
+
+def test_padding_is_dropped_and_batches_join_in_order(extract, tokenizer):
+    whole, part = batch(tokenizer), batch(tokenizer, real=3)
+    joined = collect(extract, [whole, part], names)
+    alone = collect(extract, [whole], names)
+    assert joined.rows.tolist() == [*range(10, 18), 10, 11, 12]
+    assert joined.patients[-1] == "p12"
+    assert joined.labels["disease"].tolist() == [-1, 1, 0, 1, 0, 1, 0, 1, -1, 1, 0]
+    np.testing.assert_allclose(joined.fused["fused"], alone.fused["fused"][[*range(8), 0, 1, 2]], atol=1e-5)
+    np.testing.assert_allclose(np.exp(joined.heads["disease"]["fused"]).sum(axis=1), 1, atol=1e-5)
+
+
+def test_studies_are_the_same_in_a_modality_exactly_when_its_inputs_are_equal(extract, tokenizer):
+    found = collect(extract, [batch(tokenizer)], names)
+    assert found.same["text"].tolist() == [found.same["text"][i % 2] for i in range(STUDIES)]
+    assert len(set(found.same["text"])) == 2 and len(set(found.same["image"])) == STUDIES
+
+
+def test_a_prompt_is_embedded_as_a_report_in_the_same_words(learner, spec, extract, tokenizer):
+    texts = collect(extract, [batch(tokenizer)], names).embeddings["image_text"]["text"].vectors
+    prompts = embed_prompts(learner, spec, tokenizer, "image_text", ("a lobed mass", "a round nodule"))
+    np.testing.assert_allclose(prompts, texts[[1, 0]], atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(prompts, axis=1), 1, atol=1e-5)
+
+
+def test_features_do_not_depend_on_the_number_of_devices(learner, spec, extract, tokenizer, monkeypatch):
+    assert jax.local_device_count() > 1
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    one = extractor(learner, spec)
+    monkeypatch.undo()
+    for a, b in zip(jax.tree.leaves(one(batch(tokenizer))), jax.tree.leaves(extract(batch(tokenizer)))):
+        np.testing.assert_allclose(a, b, atol=1e-5)

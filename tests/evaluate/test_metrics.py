@@ -1,0 +1,200 @@
+"""Metrics against scikit-learn, and against plain loops that do what the definition says."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from mmfm_jax.evaluate import metrics
+
+seeds = st.integers(0, 2**32 - 1)
+few = settings(max_examples=50, deadline=None)
+
+
+def bounds(measure):
+    """The interval, which these tests know to be there."""
+    assert measure.low is not None and measure.high is not None
+    return np.array([measure.low, measure.high])
+
+
+def width(measure):
+    low, high = bounds(measure)
+    return high - low
+
+
+def two_classes(rng, n):
+    """Labels with both classes present."""
+    return rng.permutation(np.arange(n) % 2 if n < 4 else np.r_[0, 1, rng.integers(0, 2, n - 2)])
+
+
+@few
+@given(seeds, st.integers(2, 60), st.sampled_from([2, 5, 10_000]))
+def test_auroc_equals_scikit_learn_with_ties_and_weights(seed, n, levels):
+    rng = np.random.default_rng(seed)
+    label = two_classes(rng, n)
+    scores = rng.integers(0, levels, n) / levels
+    weights = rng.integers(1, 5, (3, n))
+    ours = metrics.auroc(scores, label == 1, weights)
+    theirs = [roc_auc_score(label, scores, sample_weight=w) for w in weights]
+    np.testing.assert_allclose(ours, theirs, atol=1e-12)
+    np.testing.assert_allclose(metrics.auroc(scores, label == 1, np.ones((1, n))), roc_auc_score(label, scores))
+
+
+@few
+@given(seeds, st.integers(2, 40))
+def test_auroc_of_a_resample_equals_scikit_learn_on_the_repeated_studies(seed, n):
+    rng = np.random.default_rng(seed)
+    label, scores = two_classes(rng, n), rng.integers(0, 4, n).astype(float)
+    drawn = rng.integers(0, n, n)
+    ours = metrics.auroc(scores, label == 1, np.bincount(drawn, minlength=n)[None])[0]
+    if len(set(label[drawn])) == 2:
+        assert ours == pytest.approx(roc_auc_score(label[drawn], scores[drawn]))
+    else:
+        assert np.isnan(ours)
+
+
+@few
+@given(seeds, st.integers(3, 5))
+def test_several_classes_are_the_mean_of_one_against_the_rest(seed, classes):
+    rng = np.random.default_rng(seed)
+    label = rng.permutation(np.r_[np.arange(classes), rng.integers(0, classes, 30)])
+    logits = rng.normal(size=(len(label), classes))
+    log_probability = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    ours = metrics.class_auroc(log_probability, label, np.ones((1, len(label))))[0]
+    assert ours == pytest.approx(roc_auc_score(label, np.exp(log_probability), multi_class="ovr"))
+
+
+def test_a_class_that_a_resample_lacks_is_left_out_of_its_mean():
+    label = np.array([0, 0, 1, 1, 2])
+    log_probability = np.random.default_rng(0).normal(size=(5, 3))
+    without = np.array([[1, 1, 1, 1, 0]])
+    one, two = (metrics.auroc(log_probability[:, c], label == c, without)[0] for c in (0, 1))
+    assert metrics.class_auroc(log_probability, label, without)[0] == pytest.approx((one + two) / 2)
+
+
+def test_confident_probabilities_do_not_saturate_into_ties():
+    logits = np.array([20.0, 40.0, 60.0, 80.0])
+    log_probability = np.stack([-logits, np.zeros(4)], 1)  # probability 1.0 in float64 from 40 on
+    label = np.array([0, 0, 1, 1])
+    assert metrics.class_auroc(log_probability, label, np.ones((1, 4)))[0] == 1.0
+
+
+@few
+@given(seeds, st.integers(1, 80))
+def test_calibration_error_equals_a_plain_loop(seed, n):
+    rng = np.random.default_rng(seed)
+    probability = rng.choice([rng.random(n), np.round(rng.random(n), 1)])  # also on the edges of bins
+    probability[0] = 1
+    outcome = rng.random(n) < probability - (np.arange(n) == 0)  # the sure one is wrong
+    weights = rng.integers(0, 3, (2, n)) + (np.arange(n) == 0)
+    ours = metrics.calibration_error(metrics.Confidence(probability, outcome), weights)
+    for row, value in zip(weights, ours):
+        p, y = np.repeat(probability, row), np.repeat(outcome, row)
+        expected = 0.0
+        for b in range(10):
+            inside = np.array([min(int(v * 10), 9) == b for v in p])
+            if inside.any():
+                expected += inside.mean() * abs(p[inside].mean() - y[inside].mean())
+        assert value == pytest.approx(expected)
+
+
+def test_confidence_is_of_the_second_of_two_classes_and_of_the_likeliest_of_many():
+    two = metrics.confidence(np.log([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 1]))
+    np.testing.assert_allclose(two.probability, [0.1, 0.8])
+    assert two.outcome.tolist() == [False, True]
+    three = metrics.confidence(np.log([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]), np.array([1, 2]))
+    np.testing.assert_allclose(three.probability, [0.5, 0.7])
+    assert three.outcome.tolist() == [False, True]
+
+
+def brute_force_found(scores, own, k):
+    """Share of all orders of the tied entries in which `own` is among the first k, by counting places."""
+    places = [1 + (scores > scores[own]).sum() + t for t in range((scores == scores[own]).sum())]
+    return np.mean([place <= k for place in places])
+
+
+@few
+@given(seeds, st.integers(1, 25), st.integers(1, 6))
+def test_retrieval_equals_brute_force_over_every_place_a_tie_may_take(seed, n, k):
+    rng = np.random.default_rng(seed)
+    same = rng.integers(0, max(1, n // 2), n)
+    query = rng.integers(-2, 3, (n, 3)).astype(np.float32)
+    gallery = rng.integers(-2, 3, (n, 3)).astype(np.float32)[same]
+    ranks = metrics.retrieval_ranks(query, gallery, same)
+    for i, scores in enumerate(query @ gallery.T):
+        assert ranks.found(k)[i] == pytest.approx(brute_force_found(scores, i, k))
+        places = [1 + (scores > scores[i]).sum() + t for t in range((scores == scores[i]).sum())]
+        assert ranks.expected[i] == np.mean(places)
+
+
+def test_blocks_of_queries_give_the_ranks_of_the_whole(monkeypatch):
+    rng = np.random.default_rng(0)
+    query, gallery, same = rng.normal(size=(50, 8)), rng.normal(size=(50, 8)), np.arange(50)
+    whole = metrics.retrieval_ranks(query, gallery, same)
+    monkeypatch.setattr(metrics, "BLOCK", 50 * 7)
+    blocks = metrics.retrieval_ranks(query, gallery, same)
+    assert (whole.above == blocks.above).all() and (whole.tied == blocks.tied).all()
+
+
+def test_equal_inputs_tie_even_when_rounding_parted_their_embeddings():
+    query = np.eye(2)[[0, 0, 1]]
+    gallery = np.array([[1.0, 0], [1.0 + 1e-6, 0], [0, 1]])
+    ranks = metrics.retrieval_ranks(query, gallery, np.array([7, 7, 9]))
+    assert ranks.tied.tolist() == [1, 1, 0]
+    np.testing.assert_allclose(ranks.found(1), [0.5, 0.5, 1])
+
+
+def test_an_uninformative_query_finds_its_partner_exactly_as_often_as_chance():
+    n = 40
+    ranks = metrics.retrieval_ranks(np.zeros((n, 3)), np.random.default_rng(0).normal(size=(n, 3)), np.arange(n))
+    np.testing.assert_allclose(ranks.found(5), 5 / n)
+    assert (ranks.expected == (n + 1) / 2).all()
+
+
+@few
+@given(seeds, st.integers(1, 30))
+def test_weighted_mean_and_median_are_those_of_repeated_values(seed, n):
+    rng = np.random.default_rng(seed)
+    values = rng.integers(0, 10, n) / 2
+    weights = rng.integers(0, 4, (3, n)) + (np.arange(n) == 0)
+    repeated = [np.repeat(values, w) for w in weights]
+    np.testing.assert_allclose(metrics.weighted_mean(values, weights), [r.mean() for r in repeated])
+    np.testing.assert_allclose(metrics.weighted_median(values, weights), [np.median(r) for r in repeated])
+
+
+def test_interval_of_independent_studies_is_that_of_a_plain_bootstrap():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=300)
+    ours = metrics.measure(lambda w: metrics.weighted_mean(values, w), np.arange(300).astype(str), 4000, seed=1)
+    plain = np.percentile([values[rng.integers(0, 300, 300)].mean() for _ in range(4000)], [2.5, 97.5])
+    assert ours.value == pytest.approx(values.mean()) and ours.n == 300
+    np.testing.assert_allclose(bounds(ours), plain, atol=0.012)  # two Monte Carlo errors of a percentile
+
+
+def test_studies_of_one_patient_count_once_in_the_width_of_the_interval():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=100)
+    once = metrics.measure(lambda w: metrics.weighted_mean(values, w), np.arange(100), 2000, seed=0)
+    nine = np.repeat(values, 9)
+    copied = metrics.measure(lambda w: metrics.weighted_mean(nine, w), np.repeat(np.arange(100), 9), 2000, seed=0)
+    apart = metrics.measure(lambda w: metrics.weighted_mean(nine, w), np.arange(900), 2000, seed=0)
+    assert width(copied) == pytest.approx(width(once))
+    assert width(apart) == pytest.approx(width(once) / 3, rel=0.15)
+
+
+def test_interval_does_not_depend_on_how_resamples_are_chunked(monkeypatch):
+    values, patients = np.random.default_rng(0).normal(size=40), np.arange(40) // 3
+    whole = metrics.measure(lambda w: metrics.weighted_mean(values, w), patients, 100, seed=3)
+    monkeypatch.setattr(metrics, "BLOCK", 40 * 7)
+    assert metrics.measure(lambda w: metrics.weighted_mean(values, w), patients, 100, seed=3) == whole
+
+
+def test_a_thousand_resamples_of_five_hundred_studies_take_less_than_a_second():
+    rng = np.random.default_rng(0)
+    label, scores, patients = rng.integers(0, 2, 500), rng.normal(size=500), rng.integers(0, 170, 500)
+    start = time.process_time()
+    metrics.measure(lambda w: metrics.auroc(scores, label == 1, w), patients, 1000, seed=0)
+    assert time.process_time() - start < 1

@@ -1,0 +1,97 @@
+"""Stacking, remat, dtype, hiding and absence in the model as a whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmfm_jax.config import ModelConfig, TransformerConfig
+from mmfm_jax.data.transforms import prepare
+from mmfm_jax.model.multimodal import Hidden, MultimodalModel, Tokens, drop_modalities
+from mmfm_jax.model.transformer import Transformer
+
+
+@pytest.fixture(scope="module")
+def model(material):
+    return MultimodalModel(material.experiment.model, material.spec, nnx.Rngs(params=0))
+
+
+@pytest.fixture(scope="module")
+def prepared(material):
+    return prepare(material.batch, material.spec, None, None)
+
+
+def test_a_stack_is_its_layers_one_after_another():
+    config = TransformerConfig(width=8, depth=3, heads=2)
+    model = Transformer(config, nnx.Rngs(params=0))
+    x = jax.random.normal(jax.random.key(1), (2, 5, 8))
+    graph, layers = nnx.split(model.blocks)
+    y = x
+    for i in range(config.depth):
+        y = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[i], layers))(y, None, None, None, None)
+    np.testing.assert_allclose(model(x), model.norm(y), atol=1e-6)
+    kernels = np.asarray(model.blocks.mlp.up.kernel[...])
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-3  # layers start apart
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_neither_values_nor_gradients(remat):
+    def gradient(remat):
+        config = TransformerConfig(width=8, depth=2, heads=2, remat=remat)
+        graph, state = nnx.split(Transformer(config, nnx.Rngs(params=0)))
+        x = jax.random.normal(jax.random.key(1), (2, 5, 8))
+        return jax.value_and_grad(lambda s: jnp.square(nnx.merge(graph, s)(x)).mean())(state)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), gradient("none"), gradient(remat))
+
+
+def test_low_precision_activations_stay_near_full_ones_over_float32_parameters(material, prepared, model):
+    raw = material.experiment.model.model_dump() | {"dtype": "bfloat16"}
+    low = MultimodalModel(ModelConfig.model_validate(raw), material.spec, nnx.Rngs(params=0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(low))} == {jnp.dtype("float32")}
+    full, half = (m.fuse(m.encode(prepared)) for m in (model, low))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), full, atol=0.15)
+
+
+def test_a_denied_modality_is_as_if_absent(material, prepared, model):
+    absent = np.zeros(material.experiment.train.batch_size, bool)
+    text = prepared.texts["report"]
+    without = type(prepared)(
+        prepared.study, prepared.images, {"report": type(text)(text.tokens, absent)}, prepared.table, prepared.labels
+    )
+    np.testing.assert_array_equal(
+        model.fuse(model.encode(prepared), {"text": absent}), model.fuse(model.encode(without))
+    )
+
+
+def test_hidden_columns_and_tokens_are_not_seen(material, prepared, model):
+    shape = prepared.table.number_present.shape[0], 3
+    hidden = Hidden({}, {"report": prepared.texts["report"].tokens != 0}, jnp.ones(shape, bool))
+    seen = model.encode(prepared, hidden)
+    table, text = prepared.table, prepared.texts["report"]
+    changed = type(prepared)(
+        prepared.study,
+        prepared.images,
+        {"report": type(text)(jnp.where(text.tokens != 0, 7, 0), text.present)},
+        type(table)(table.numbers + 1, table.number_present, table.categories, table.category_present),
+        prepared.labels,
+    )
+    for part in ("table", "text/report"):
+        np.testing.assert_array_equal(model.encode(changed, hidden)[part].x, seen[part].x)
+        assert np.abs(model.encode(changed)[part].x - model.encode(prepared)[part].x).max() > 1e-3
+
+
+def test_dropping_modalities_always_leaves_one_that_is_present():
+    rng = np.random.default_rng(0)
+    present = rng.random((3, 4000)) < 0.5
+    parts = dict(zip(("image/ct", "text/report", "table"), present))
+    encoded = {part: Tokens(jnp.zeros((4000, 1, 1)), jnp.asarray(held)[:, None]) for part, held in parts.items()}
+    kept = drop_modalities(encoded, 0.7, jax.random.key(0))
+    seen = np.stack([np.asarray(kept[name]) for name in ("image", "text", "table")]) & present
+    assert (seen.any(axis=0) == present.any(axis=0)).all()
+    alone = present.sum(axis=0) == 1
+    assert (seen == present)[:, alone].all()
+    full = present.all(axis=0)
+    assert abs(seen[:, full].mean() - (0.3 + 0.7**3 / 3)) < 0.04  # dropped by chance 0.7, but the last one stays

@@ -1,0 +1,43 @@
+"""Help answers at once and names an example for each verb."""
+
+import subprocess
+import sys
+
+import pytest
+
+VERBS = ("sample", "inspect", "train", "evaluate", "schema")
+
+
+def test_help_imports_neither_jax_nor_anything_else_that_is_slow():
+    code = (
+        "import sys, mmfm_jax.cli\n"
+        "try: mmfm_jax.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'jax', 'flax', 'numpy', 'pydantic', 'tyro', 'rich', 'yaml'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_says_what_it_does_with_an_example(verb, capsys):
+    from mmfm_jax.cli import main
+
+    with pytest.raises(SystemExit) as exit:
+        main([verb, "--help"])
+    printed = capsys.readouterr().out
+    assert exit.value.code == 0 and f"mmfm {verb}" in printed and "example:" in printed
+
+
+def test_the_schema_is_one_an_editor_can_use(capsys):
+    import json
+
+    from mmfm_jax.cli import main
+
+    main(["schema"])
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["additionalProperties"] is False
+    kinds = schema["properties"]["tasks"]["additionalProperties"]["discriminator"]["mapping"]
+    assert set(kinds) == {"contrastive", "masked", "classification"}

@@ -1,0 +1,166 @@
+"""The training step against plain optax, and its guards."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from mmfm_jax.config import OptimizerConfig
+from mmfm_jax.data.transforms import prepare
+from mmfm_jax.train.optimizer import make_optimizer, matrices, schedule
+from mmfm_jax.train.state import initial_state, learner_shapes
+from mmfm_jax.train.step import checksum, make_step, split
+
+
+def build(experiment, spec):
+    optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
+    graph, _ = learner_shapes(experiment, spec)
+    state = jax.jit(lambda: initial_state(experiment, spec, optimizer))()
+    return graph, state, jax.jit(make_step(graph, experiment, spec, optimizer))
+
+
+ONE_TASK = {
+    "tasks": {"disease": {"kind": "classification", "label": "disease"}},
+    "data.augment": {"flip": 0.0},
+    "model.fusion.drop": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def simple(make_experiment, material):
+    experiment = make_experiment({**ONE_TASK, "train.ema_decay": 0.9, "train.max_skipped": 3})
+    return experiment, *build(experiment, material.spec)
+
+
+def assert_trees_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def test_a_step_is_clipped_adamw_on_the_gradient_of_the_loss(simple, material):
+    experiment, graph, state, step = simple
+    config = experiment.optimizer
+
+    def loss(params):
+        batch = prepare(material.batch, material.spec, None, None)
+        return nnx.merge(graph, params).loss(batch, jax.random.key(0), train=False)[0]
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(state.params)
+    plain = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            schedule(config, experiment.train.steps),
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mask=matrices,
+        ),
+    )
+    updates, _ = plain.update(gradient, plain.init(state.params), state.params)
+    expected = optax.apply_updates(state.params, updates)
+    following, metrics = step(state, material.batch)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    assert_trees_close(following.params, expected, atol=2e-6)
+    norm = np.sqrt(sum(np.square(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(gradient)))
+    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-4)
+    moved = [float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (state.params, expected)))]
+    assert np.mean(np.array(moved) > 0) > 0.9
+
+
+def test_the_average_follows_the_parameters(simple, material):
+    _, _, state, step = simple
+    expected = jax.tree.map(np.asarray, state.params)
+    for update in range(3):
+        state, _ = step(state, material.batch)
+        decay = min(0.9, (1 + update) / (10 + update))
+        expected = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * np.asarray(p), expected, state.params)
+    assert_trees_close(state.average, expected, atol=1e-6)
+
+
+def test_a_non_finite_gradient_is_skipped_and_counted(simple, material):
+    _, _, state, step = simple
+    poisoned = dataclasses.replace(state, params=jax.tree.map(lambda x: x.at[...].set(jnp.nan), state.params))
+    skipped, metrics = step(poisoned, material.batch)
+    skipped, metrics = step(skipped, material.batch)
+    assert (int(skipped.step), int(skipped.skipped), int(metrics["skipped_in_a_row"])) == (2, 2, 2)
+    for name in ("optimizer", "average"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(skipped, name), getattr(poisoned, name))
+    np.testing.assert_allclose(metrics["learning_rate"], schedule_at(simple, 0))
+    healed, metrics = step(dataclasses.replace(skipped, params=state.params), material.batch)
+    assert (int(healed.step), int(healed.skipped), int(healed.skipped_in_a_row)) == (3, 2, 0)
+    assert np.isfinite(metrics["loss"])
+
+
+def schedule_at(simple, step):
+    return schedule(simple[0].optimizer, simple[0].train.steps)(step)
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch(make_experiment, material):
+    """For a loss that is a mean over studies; every study is labelled here so that parts weigh the same."""
+    label = material.batch.labels["disease"]
+    everyone = dataclasses.replace(label, present=np.ones_like(label.present))
+    batch = dataclasses.replace(material.batch, labels={"disease": everyone})
+    results = []
+    for parts in (1, 4):
+        experiment = make_experiment({**ONE_TASK, "train.accumulate": parts, "optimizer.clip_norm": 1e9})
+        _, state, step = build(experiment, material.spec)
+        results.append(step(state, batch))
+    (one, one_metrics), (four, four_metrics) = results
+    np.testing.assert_allclose(one_metrics["loss"], four_metrics["loss"], rtol=1e-5)
+    np.testing.assert_allclose(one_metrics["gradient_norm"], four_metrics["gradient_norm"], rtol=1e-4)
+    assert_trees_close(one.optimizer[1].mu, four.optimizer[1].mu, atol=1e-6)
+
+
+def test_parts_of_a_batch_hold_every_study_once(material):
+    parts = split(material.batch, 4)
+    np.testing.assert_array_equal(parts.study, material.batch.study.reshape(4, 4).T)
+    assert parts.images["ct"].voxels.shape == (4, 4, *material.batch.images["ct"].voxels.shape[1:])
+
+
+def test_the_checksum_sees_every_value_and_its_place(material):
+    batch = material.batch
+    same = int(checksum(jax.tree.map(jnp.asarray, batch)))
+    assert same == int(jax.jit(checksum)(batch))
+    rng = np.random.default_rng(0)
+    leaves, structure = jax.tree.flatten(batch)
+    for number, leaf in enumerate(leaves):
+        if leaf.size:
+            changed = leaf.copy()
+            at = tuple(int(rng.integers(size)) for size in leaf.shape)
+            changed[at] = ~changed[at] if leaf.dtype == bool else changed[at] + 1
+            assert int(checksum(structure.unflatten([*leaves[:number], changed, *leaves[number + 1 :]]))) != same
+    turned = jax.tree.map(lambda leaf: leaf[::-1], batch)
+    assert int(checksum(turned)) != same
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
+def test_learning_rate_rises_to_its_peak_and_falls_to_its_end(kind):
+    config = OptimizerConfig(learning_rate=0.5, warmup_steps=10, schedule=kind, final_fraction=0.1, decay_fraction=0.3)
+    rate = np.array([schedule(config, 100)(step) for step in range(101)])
+    assert (np.diff(rate[:11]) > 0).all() and rate[0] > 0
+    np.testing.assert_allclose([rate[10], rate[100]], [0.5, 0.05], rtol=1e-5)
+    if kind == "cosine":
+        middle = 0.5 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * np.arange(91) / 90)))
+        np.testing.assert_allclose(rate[10:], middle, rtol=1e-5)
+    else:
+        np.testing.assert_allclose(rate[10:71], 0.5)
+        np.testing.assert_allclose(rate[70:], np.linspace(0.5, 0.05, 31), rtol=1e-5)
+
+
+def test_decay_is_for_matrices_and_not_for_stacks_of_vectors(simple):
+    _, _, state, _ = simple
+    flags = dict(nnx.to_flat_state(state.params))
+    decayed = matrices(state.params)
+    by_path = {
+        jax.tree_util.keystr(path): flag for path, flag in jax.tree_util.tree_leaves_with_path(decayed)
+    }
+    assert len(by_path) == len(flags)
+    for path, flag in by_path.items():
+        assert flag == not_a_vector(path), path
+
+
+def not_a_vector(path: str) -> bool:
+    return not ("scale" in path or "bias" in path) or "numbers" in path
