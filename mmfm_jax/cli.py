@@ -79,14 +79,18 @@ def parser() -> argparse.ArgumentParser:
         return added
 
     of_sample = verb(sample)
-    of_sample.add_argument("name", choices=["lidc"], help="lidc: nodules of chest CT as radiologists outlined and rated them")
+    of_sample.add_argument(
+        "name", choices=["lidc"], help="lidc: nodules of chest CT as radiologists outlined and rated them"
+    )
     of_sample.add_argument("--out", required=True, help="folder or TensorStore URL of the store to build")
     of_sample.add_argument("--split-key", default="mmfm", help="key of the hash that deals patients to splits")
     of_inspect = verb(inspect)
     of_inspect.add_argument("store", help="folder or TensorStore URL of a store")
     of_inspect.add_argument("--verify", action="store_true", help="compare every file with its checksum")
     of_train = verb(train)
-    of_train.add_argument("config", type=Path, help="experiment in YAML; any of its fields can be set as --field.name VALUE")
+    of_train.add_argument(
+        "config", type=Path, help="experiment in YAML; any of its fields can be set as --field.name VALUE"
+    )
     of_train.add_argument("--run", type=Path, required=True, help="folder of the run; made if it is not there")
     of_evaluate = verb(evaluate)
     of_evaluate.add_argument("run", type=Path, help="folder of a run")

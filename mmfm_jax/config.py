@@ -7,11 +7,21 @@ file (`tasks/`); `experiment_type` joins those to the rest, so a new task needs 
 from __future__ import annotations
 
 import functools
+import operator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from mmfm_jax.errors import UserError
 
@@ -45,7 +55,9 @@ class ImageInput(Config):
     @model_validator(mode="after")
     def _divides(self):
         if any(s % p for s, p in zip(self.size, self.patch)):
-            raise ValueError(f"patch {list(self.patch)} does not divide size {list(self.size)}; make each size a multiple")
+            raise ValueError(
+                f"patch {list(self.patch)} does not divide size {list(self.size)}; make each size a multiple"
+            )
         if self.window[0] >= self.window[1]:
             raise ValueError(f"window {list(self.window)} is empty; give [low, high] with low < high")
         return self
@@ -131,7 +143,9 @@ class TransformerConfig(Config):
         if self.width % self.heads:
             raise ValueError(f"heads {self.heads} do not divide width {self.width}")
         if (self.width // self.heads) % 2:
-            raise ValueError(f"width {self.width} over heads {self.heads} is odd; rotary positions need an even head width")
+            raise ValueError(
+                f"width {self.width} over heads {self.heads} is odd; rotary positions need an even head width"
+            )
         return self
 
 
@@ -261,7 +275,7 @@ class EvaluateConfig(Config):
     """Patient-level resamples behind each 95% interval."""
     zero_shot: dict[str, ZeroShot] = {}
     baselines: dict[str, tuple[str, ...]] = {}
-    """Logistic regressions on these columns, by name; `table`, gradient boosting on all `inputs.columns`, is always there."""
+    """Logistic regressions on these columns, by name; `table` (boosting on `inputs.columns`) is always there."""
     recall_at: tuple[PositiveInt, ...] = (1, 5, 10)
 
 
@@ -299,7 +313,7 @@ def experiment_type() -> type[Experiment]:
     from mmfm_jax.tasks import task_types
 
     configs = tuple(task.Config for task in task_types().values())
-    union = Annotated[Union[configs], Field(discriminator="kind")]
+    union = Annotated[functools.reduce(operator.or_, configs), Field(discriminator="kind")]
     return create_model("Experiment", __base__=Experiment, __doc__=Experiment.__doc__, tasks=(dict[str, union], ...))
 
 
@@ -313,27 +327,31 @@ def load_experiment(path: str | Path, overrides: list[str] = ()) -> Experiment:
     path = Path(path)
     try:
         raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; give the path of an experiment in YAML, such as configs/demo.yaml")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: there is no such file; give the path of an experiment in YAML, such as configs/demo.yaml"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}")
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     experiment = validate(raw, str(path))
     if not overrides:
         return experiment
     try:
         return tyro.cli(experiment_type(), default=experiment, args=list(overrides), prog=f"mmfm train {path}")
     except ValidationError as error:
-        raise UserError(describe(error, "the command line"))
+        raise UserError(describe(error, "the command line")) from error
 
 
 def validate(raw: Any, source: str) -> Experiment:
     """The experiment in parsed YAML; `source` is named in errors."""
     if not isinstance(raw, dict):
-        raise UserError(f"{source}: holds no experiment; it must be a mapping with inputs, data, model, tasks and train")
+        raise UserError(
+            f"{source}: holds no experiment; it must be a mapping with inputs, data, model, tasks and train"
+        )
     try:
         return experiment_type().model_validate(raw)
     except ValidationError as error:
-        raise UserError(describe(error, source))
+        raise UserError(describe(error, source)) from error
 
 
 def describe(error: ValidationError, source: str) -> str:

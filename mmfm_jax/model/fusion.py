@@ -12,7 +12,7 @@ from mmfm_jax.model.transformer import Transformer
 
 
 class Fusion(nnx.Module):
-    """Projects the tokens of each part to its own width, marks them with their part, and reads them with the latents."""
+    """Projects the tokens of each part to the fusion width, marks their part, and reads them with the latents."""
 
     def __init__(self, config: FusionConfig, widths: dict[str, int], dtype: jnp.dtype, rngs: nnx.Rngs):
         """`widths`: of the tokens of each part, by the part's name."""

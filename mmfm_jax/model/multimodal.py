@@ -92,9 +92,7 @@ def table_present(batch: Batch) -> Bool[Array, "batch"]:
     return batch.table.number_present.any(axis=1) | batch.table.category_present.any(axis=1)
 
 
-def drop_modalities(
-    encoded: Encoded, chance: float, rng: jax.Array
-) -> dict[str, Bool[Array, "batch"]]:
+def drop_modalities(encoded: Encoded, chance: float, rng: jax.Array) -> dict[str, Bool[Array, "batch"]]:
     """Which modalities each study keeps when each is hidden with `chance`; one that is present is always left."""
     held = {}
     for part, tokens in encoded.items():

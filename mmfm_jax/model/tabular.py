@@ -17,7 +17,7 @@ FREQUENCY_SD = 0.5  # turns per standard deviation of the number, at initialisat
 
 
 class NumberEmbedding(nnx.Module):
-    """Sines and cosines at learned frequencies, then a linear map and ReLU of each column's own (PLR, arXiv:2203.05556)."""
+    """Sines and cosines at learned frequencies, then a linear map and ReLU a column (PLR, arXiv:2203.05556)."""
 
     def __init__(self, columns: int, frequencies: int, width: int, rngs: nnx.Rngs):
         turns = FREQUENCY_SD * jax.random.normal(rngs.params(), (columns, frequencies))
@@ -40,7 +40,9 @@ class TableEncoder(nnx.Module):
         sizes = [len(vocabulary) for vocabulary in spec.categories.values()]
         columns = len(spec.numbers) + len(sizes)
         self.dtype = dtype
-        self.numbers = NumberEmbedding(len(spec.numbers), config.frequencies, config.width, rngs) if spec.numbers else None
+        self.numbers = (
+            NumberEmbedding(len(spec.numbers), config.frequencies, config.width, rngs) if spec.numbers else None
+        )
         self.categories = Table(sum(sizes), config.width, rngs) if sizes else None
         self.first_entry = tuple(int(first) for first in np.cumsum([0, *sizes[:-1]])) if sizes else ()
         self.column = Table(columns, config.width, rngs)

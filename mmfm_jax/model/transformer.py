@@ -75,5 +75,3 @@ class Transformer(nnx.Module):
             apply = jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=False)
         x, _ = jax.lax.scan(apply, constrain(x, "batch", "tokens", None), layers)
         return self.norm(x)
-
-

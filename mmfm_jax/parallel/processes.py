@@ -21,12 +21,12 @@ def start_processes() -> None:
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
         if os.environ.get("JAX_PLATFORMS") == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(
-            address, int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
-        )
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or _several(os.environ.get("TPU_WORKER_HOSTNAMES", "")):
-        jax.distributed.initialize()
-    elif "JOBSET_NAME" in os.environ:
+        jax.distributed.initialize(address, int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"]))
+    elif (
+        int(os.environ.get("SLURM_NTASKS", "1")) > 1
+        or _several(os.environ.get("TPU_WORKER_HOSTNAMES", ""))
+        or "JOBSET_NAME" in os.environ
+    ):
         jax.distributed.initialize()
 
 

@@ -1,7 +1,7 @@
 """The one table from logical axes to mesh axes, and everything that is sharded by it.
 
-Parameters carry the names of their axes (`nnx.Param(value, axes=("width", "mlp"))`) and activations are named where they
-are constrained; neither knows the mesh. To shard differently, change this table.
+Parameters carry the names of their axes (`nnx.Param(value, axes=("width", "mlp"))`) and activations are named where
+they are constrained; neither knows the mesh. To shard differently, change this table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Proxy tasks, one file each. A file here that defines a `Task` with a `Config` of its own kind is a task; no list to edit."""
+"""Proxy tasks, one file each: a file that defines a `Task` with a `Config` of its own kind is one; no list to edit."""
 
 from __future__ import annotations
 

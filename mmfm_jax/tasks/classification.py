@@ -28,6 +28,7 @@ class ClassificationConfig(TaskConfig):
 
 class Classification(Task):
     Config = ClassificationConfig
+    config: ClassificationConfig
 
     def __init__(self, name: str, config: ClassificationConfig, model: ModelConfig, spec: InputSpec, rngs: nnx.Rngs):
         super().__init__(name, config, model, spec, rngs)

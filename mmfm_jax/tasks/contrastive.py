@@ -63,6 +63,7 @@ class Pool(nnx.Module):
 
 class Contrastive(Task):
     Config = ContrastiveConfig
+    config: ContrastiveConfig
 
     def __init__(self, name: str, config: ContrastiveConfig, model: ModelConfig, spec: InputSpec, rngs: nnx.Rngs):
         super().__init__(name, config, model, spec, rngs)
@@ -104,7 +105,7 @@ class Contrastive(Task):
 
 
 def sigmoid_loss(logits: Float[Array, "batch batch"], compared: Bool[Array, "batch batch"]) -> Float[Array, ""]:
-    """Each compared pair is a yes-no question, yes on the diagonal; summed, over the number of studies that have both."""
+    """Each compared pair is a yes-no question, yes on the diagonal; the sum over the number of studies with both."""
     sign = 2 * jnp.eye(len(logits)) - 1
     studies = jnp.maximum(jnp.diag(compared).sum(), 1)
     return -jnp.where(compared, jax.nn.log_sigmoid(sign * logits), 0).sum() / studies

@@ -44,10 +44,15 @@ class MaskedConfig(TaskConfig):
 
 class Masked(Task):
     Config = MaskedConfig
+    config: MaskedConfig
 
     def __init__(self, name: str, config: MaskedConfig, model: ModelConfig, spec: InputSpec, rngs: nnx.Rngs):
         super().__init__(name, config, model, spec, rngs)
-        if not (config.image and spec.images or config.text and spec.texts or config.table and "table" in spec.modalities):
+        if not (
+            (config.image and spec.images)
+            or (config.text and spec.texts)
+            or (config.table and "table" in spec.modalities)
+        ):
             raise UserError(f"tasks.{name}: hides nothing of the inputs; raise image, text or table above 0")
         width, heads = model.fusion.width, model.fusion.heads
         self.wavelengths_mm = model.vision.wavelengths_mm
@@ -68,7 +73,9 @@ class Masked(Task):
                 for role, shape in self.shapes
             }
         )
-        self.tokens = Linear(width, spec.vocabulary_size, ("width", "vocabulary"), rngs, bias=True) if self.fields else None
+        self.tokens = (
+            Linear(width, spec.vocabulary_size, ("width", "vocabulary"), rngs, bias=True) if self.fields else None
+        )
         columns = self.numbers + sum(self.sizes)
         self.columns = Linear(width, columns, ("width", None), rngs, bias=True) if columns else None
 
@@ -89,11 +96,15 @@ class Masked(Task):
         columns = None
         if self.columns is not None:
             columns = jax.random.bernoulli(rngs[-1], self.config.table, (studies, self.numbers + self.categories))
-        marked = {field: _marked(*chosen, batch.texts[field].tokens.shape[1]) for field, chosen in hidden_tokens.items()}
+        marked = {
+            field: _marked(*chosen, batch.texts[field].tokens.shape[1]) for field, chosen in hidden_tokens.items()
+        }
         latents = views.model.fuse(views.model.encode(batch, Hidden(kept, marked, columns)))
 
         queries = [self._image_queries(i, role, hidden_patches[role], batch) for i, (role, _) in enumerate(self.shapes)]
-        queries += [self._text_queries(i, field, *hidden_tokens[field][:1], batch) for i, field in enumerate(self.fields)]
+        queries += [
+            self._text_queries(i, field, *hidden_tokens[field][:1], batch) for i, field in enumerate(self.fields)
+        ]
         if self.columns is not None:
             own = self.query.all[len(self.shapes) + len(self.fields) :]
             queries.append(jnp.broadcast_to(own, (studies, *own.shape)))

@@ -71,8 +71,8 @@ class Checkpoints:
             found = self._manager.restore(step, args=ocp.args.StandardRestore(plain(wanted)))
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise UserError(
-                f"{self._manager.directory / str(step)}: is damaged or of another model; delete this checkpoint to go on "
-                f"from the one before ({' '.join(str(error).split())[:200]})"
+                f"{self._manager.directory / str(step)}: is damaged or of another model; delete this checkpoint to go "
+                f"on from the one before ({' '.join(str(error).split())[:200]})"
             ) from error
         return jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(found))
 

@@ -1,12 +1,12 @@
 """A run's folder: what is in it, and the rules by which a run may go on in it.
 
-    config.yaml        the resolved experiment
-    inputs.json        shapes, vocabularies and normalisation that the model was built for
-    tokenizer.json     Hugging Face format
-    checkpoints/       orbax, a folder a step
-    metrics.jsonl      one line a logged step
-    tensorboard/
-    evaluation.json, report.html   by `mmfm evaluate`
+config.yaml        the resolved experiment
+inputs.json        shapes, vocabularies and normalisation that the model was built for
+tokenizer.json     Hugging Face format
+checkpoints/       orbax, a folder a step
+metrics.jsonl      one line a logged step
+tensorboard/
+evaluation.json, report.html   by `mmfm evaluate`
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def write(run: Path, experiment: Experiment, spec: InputSpec, tokenizer: Tokeniz
 def replace(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -77,8 +77,8 @@ def check_same(run: Path, held: Experiment, asked: Experiment) -> None:
         if before.get(field) == now.get(field) or any(f"{field}.".startswith(f"{free}.") for free in MAY_CHANGE):
             continue
         raise UserError(
-            f"{run / CONFIG}: this run was started with {field} {before.get(field, 'not set')} and is now asked to go on "
-            f"with {now.get(field, 'not set')}; give the same value, or another --run to start anew"
+            f"{run / CONFIG}: this run was started with {field} {before.get(field, 'not set')} and is now asked to go "
+            f"on with {now.get(field, 'not set')}; give the same value, or another --run to start anew"
         )
 
 

@@ -154,9 +154,7 @@ def train(experiment: Experiment, run: str | Path, console: Console | None = Non
     return Outcome(number, stopped=number < config.steps)
 
 
-def start_or_resume(
-    experiment: Experiment, store: StudyStore, run: Path, writes: bool
-) -> tuple[InputSpec, Tokenizer]:
+def start_or_resume(experiment: Experiment, store: StudyStore, run: Path, writes: bool) -> tuple[InputSpec, Tokenizer]:
     """The specification and tokenizer of a run: those in its folder, or new ones written there by the first process."""
     for split in ("train", "validation"):
         store.rows(split)
@@ -273,4 +271,3 @@ class StopSignal:
 
     def reached(self, step: int) -> bool:
         return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
-

@@ -56,7 +56,9 @@ def make_step(
         average = None
         if state.average is not None:
             updates_before = (state.step - state.skipped).astype(jnp.float32)
-            decay = jnp.minimum(config.ema_decay, (1 + updates_before) / (10 + updates_before))  # forgets the start soon
+            decay = jnp.minimum(
+                config.ema_decay, (1 + updates_before) / (10 + updates_before)
+            )  # forgets the start soon
             average = optax.incremental_update(params, state.average, 1 - decay)
 
         def if_finite(new, old):
@@ -85,7 +87,7 @@ def make_step(
 
 
 def make_validation(graph: nnx.GraphDef, experiment: Experiment, spec: InputSpec) -> Callable:
-    """The function from parameters, a raw batch and the batch's number to the metrics of the tasks, nothing augmented."""
+    """The function from parameters, a raw batch and the batch's number to the tasks' metrics, nothing augmented."""
 
     def validate(params: nnx.State, batch: Batch, number: Array) -> Metrics:
         rng = jax.random.fold_in(jax.random.key(experiment.seed), number)

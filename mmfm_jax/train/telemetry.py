@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -65,7 +65,7 @@ class Telemetry:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if not self._speaks:
             return
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
         finite = {name: value if _finite(value) else None for name, value in metrics.items()}
         self._lines.write(json.dumps({"step": step, "time": now} | finite) + "\n")
         self._lines.flush()

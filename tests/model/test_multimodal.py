@@ -1,5 +1,7 @@
 """Stacking, remat, dtype, hiding and absence in the model as a whole."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,7 @@ def test_a_stack_is_its_layers_one_after_another():
     graph, layers = nnx.split(model.blocks)
     y = x
     for i in range(config.depth):
-        y = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[i], layers))(y, None, None, None, None)
+        y = nnx.merge(graph, jax.tree.map(operator.itemgetter(i), layers))(y, None, None, None, None)
     np.testing.assert_allclose(model(x), model.norm(y), atol=1e-6)
     kernels = np.asarray(model.blocks.mlp.up.kernel[...])
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-3  # layers start apart

@@ -2,11 +2,11 @@
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from mmfm_jax.config import VisionConfig
 from mmfm_jax.data.batch import ImagePart, ImageShape
 from mmfm_jax.model.vision import VisionEncoder, patch_centres_mm, patches
-from flax import nnx
 
 SHAPE = ImageShape(size=(4, 6, 8), patch=(2, 3, 4), channels=2, window=(0, 1))
 

@@ -92,7 +92,8 @@ def test_a_process_reads_the_rows_its_devices_hold_and_they_join_to_the_batch():
 
 
 @pytest.mark.parametrize(
-    "config, said", [({"fsdp": 3}, "8 devices"), ({"tensor": 16, "fsdp": -1}, "8 devices"), ({"data": 2, "fsdp": 2}, "data 2")]
+    "config, said",
+    [({"fsdp": 3}, "8 devices"), ({"tensor": 16, "fsdp": -1}, "8 devices"), ({"data": 2, "fsdp": 2}, "data 2")],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(config, said):
     with pytest.raises(UserError, match=said):

@@ -98,7 +98,10 @@ def test_classification_ignores_studies_without_the_label(material, learner):
     task = learner.tasks["disease"]
     loss, metrics = task.loss(views, jax.random.key(0))
     known = np.asarray(batch.labels["disease"].present)
-    logits, label = np.asarray(task.logits(views.latents), np.float64)[known], np.asarray(batch.labels["disease"].value)[known]
+    logits, label = (
+        np.asarray(task.logits(views.latents), np.float64)[known],
+        np.asarray(batch.labels["disease"].value)[known],
+    )
     log_probability = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     np.testing.assert_allclose(loss, -log_probability[np.arange(len(label)), label].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy"], (logits.argmax(1) == label).mean(), rtol=1e-6)
@@ -119,7 +122,7 @@ def test_a_mean_over_nothing_is_zero_and_has_no_gradient():
     ],
 )
 def test_wrong_task_configurations_are_named(make_experiment, material, field, value, said):
-    with pytest.raises(UserError, match=".*") as error:
+    with pytest.raises(UserError) as error:
         Learner(make_experiment({field: value}), material.spec, nnx.Rngs(params=0))
     assert said in str(error.value) and "\n" not in str(error.value)
 

@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from mmfm_jax.config import TransformerConfig
 from mmfm_jax.model.transformer import Transformer
 from mmfm_jax.train.flops import model_flops
-from flax import nnx
 
 
 def test_a_scanned_transformer_counts_every_layer():

@@ -154,9 +154,7 @@ def test_decay_is_for_matrices_and_not_for_stacks_of_vectors(simple):
     _, _, state, _ = simple
     flags = dict(nnx.to_flat_state(state.params))
     decayed = matrices(state.params)
-    by_path = {
-        jax.tree_util.keystr(path): flag for path, flag in jax.tree_util.tree_leaves_with_path(decayed)
-    }
+    by_path = {jax.tree_util.keystr(path): flag for path, flag in jax.tree_util.tree_leaves_with_path(decayed)}
     assert len(by_path) == len(flags)
     for path, flag in by_path.items():
         assert flag == not_a_vector(path), path
