@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -312,12 +313,12 @@ def experiment_type() -> type[Experiment]:
     """`Experiment` with `tasks` narrowed to the union of every task's Config (imports the tasks, hence jax)."""
     from mmfm_jax.tasks import task_types
 
-    configs = tuple(task.Config for task in task_types().values())
-    union = Annotated[functools.reduce(operator.or_, configs), Field(discriminator="kind")]
-    return create_model("Experiment", __base__=Experiment, __doc__=Experiment.__doc__, tasks=(dict[str, union], ...))
+    configs: Any = functools.reduce(operator.or_, (task.Config for task in task_types().values()))
+    tasks: Any = dict[str, Annotated[configs, Field(discriminator="kind")]]
+    return create_model("Experiment", __base__=Experiment, __doc__=Experiment.__doc__, tasks=(tasks, ...))
 
 
-def load_experiment(path: str | Path, overrides: list[str] = ()) -> Experiment:
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Reads a YAML experiment and applies dotted overrides (`["--train.steps", "500"]`).
 
     Raises UserError with one sentence that names the file, the field and what is wrong.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
+from mmfm_jax.data.batch import Array
 from mmfm_jax.model.layers import Linear, RMSNorm
 from mmfm_jax.model.position import rotate
 
@@ -20,8 +21,8 @@ def attention(
     """softmax(q k^T / sqrt(head)) v over the keys present; zero where no key is. Softmax is in float32."""
     if present is None:
         return jax.nn.dot_product_attention(q, k, v)
-    out = jax.nn.dot_product_attention(q, k, v, mask=present[:, None, None, :])
-    return jnp.where(present.any(axis=1)[:, None, None, None], out, 0)
+    out = jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(present)[:, None, None, :])
+    return jnp.where(jnp.any(present, axis=1)[:, None, None, None], out, 0)
 
 
 class Attention(nnx.Module):

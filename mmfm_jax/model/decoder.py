@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from mmfm_jax.config import TransformerConfig
+from mmfm_jax.data.batch import Array
 from mmfm_jax.model.transformer import Transformer
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from mmfm_jax.config import FusionConfig
+from mmfm_jax.data.batch import Array
 from mmfm_jax.model.layers import Linear, Table
 from mmfm_jax.model.transformer import Transformer
 
@@ -24,8 +27,8 @@ class Fusion(nnx.Module):
 
     def __call__(
         self,
-        tokens: dict[str, Float[Array, "batch token part_width"]],
-        present: dict[str, Bool[Array, "batch token"]],
+        tokens: Mapping[str, Float[Array, "batch token part_width"]],
+        present: Mapping[str, Bool[Array, "batch token"]],
     ) -> Float[Array, "batch latent width"]:
         projected = [
             project(tokens[name]) + self.part.all[i].astype(self.dtype)

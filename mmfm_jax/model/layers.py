@@ -5,9 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from mmfm_jax.data.batch import Array
 
 EPSILON = 1e-6
+Axes = tuple[str | None, str | None]
 
 
 class Linear(nnx.Module):
@@ -16,7 +19,7 @@ class Linear(nnx.Module):
     `axes` names the input and the output axis; `gain` scales the initial standard deviation sqrt(1 / input width).
     """
 
-    def __init__(self, inputs: int, outputs: int, axes: tuple[str, str], rngs: nnx.Rngs, bias=False, gain=1.0):
+    def __init__(self, inputs: int, outputs: int, axes: Axes, rngs: nnx.Rngs, bias=False, gain=1.0):
         scale = gain * inputs**-0.5
         self.kernel = nnx.Param(_truncated_normal(rngs.params(), (inputs, outputs), scale), axes=axes)
         self.bias = nnx.Param(jnp.zeros(outputs), axes=axes[1:]) if bias else None

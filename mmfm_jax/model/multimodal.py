@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mmfm_jax.config import ModelConfig
-from mmfm_jax.data.batch import PAD, Batch, InputSpec
+from mmfm_jax.data.batch import PAD, Array, Batch, InputSpec
 from mmfm_jax.model.fusion import Fusion
 from mmfm_jax.model.tabular import TableEncoder
 from mmfm_jax.model.text import TextEncoder
@@ -61,22 +62,23 @@ class MultimodalModel(nnx.Module):
     def encode(self, batch: Batch, hidden: Hidden = SHOWN) -> Encoded:
         """Tokens of every part, whether present or not; `Tokens.present` tells."""
         encoded = {}
-        for role, image in batch.images.items():
-            x = self.vision(role, image, hidden.kept_patches.get(role))
-            encoded[f"image/{role}"] = Tokens(x, jnp.broadcast_to(image.present[:, None], x.shape[:2]))
-        for field, text in batch.texts.items():
-            present = (text.tokens != PAD) & text.present[:, None]
-            tokens = text.tokens
-            if field in hidden.tokens:
-                tokens = jnp.where(hidden.tokens[field], self.mask_token, tokens)
-            encoded[f"text/{field}"] = Tokens(self.text(tokens, present), present)
+        if self.vision is not None:
+            for role, image in batch.images.items():
+                x = self.vision(role, image, hidden.kept_patches.get(role))
+                encoded[f"image/{role}"] = Tokens(x, jnp.broadcast_to(image.present[:, None], x.shape[:2]))
+        if self.text is not None:
+            for field, text in batch.texts.items():
+                present, tokens = (text.tokens != PAD) & text.present[:, None], text.tokens
+                if field in hidden.tokens:
+                    tokens = jnp.where(hidden.tokens[field], self.mask_token, tokens)
+                encoded[f"text/{field}"] = Tokens(self.text(tokens, present), present)
         if self.table is not None:
             x = self.table(batch.table, hidden.columns)
             encoded["table"] = Tokens(x, jnp.broadcast_to(table_present(batch)[:, None], x.shape[:2]))
         return encoded
 
     def fuse(
-        self, encoded: Encoded, keep: dict[str, Bool[Array, "batch"]] | None = None
+        self, encoded: Encoded, keep: Mapping[str, Bool[Array, "batch"]] | None = None
     ) -> Float[Array, "batch latent width"]:
         """The fused latents of each study; a modality that `keep` denies a study is absent to it."""
         keep = keep or {}
@@ -89,7 +91,7 @@ class MultimodalModel(nnx.Module):
 
 def table_present(batch: Batch) -> Bool[Array, "batch"]:
     """Whether a study has any value in its table."""
-    return batch.table.number_present.any(axis=1) | batch.table.category_present.any(axis=1)
+    return jnp.any(batch.table.number_present, axis=1) | jnp.any(batch.table.category_present, axis=1)
 
 
 def drop_modalities(encoded: Encoded, chance: float, rng: jax.Array) -> dict[str, Bool[Array, "batch"]]:

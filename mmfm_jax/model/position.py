@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from mmfm_jax.data.batch import Array
 
 TEXT_WAVELENGTHS = (2 * np.pi, 2 * np.pi * 10_000)  # tokens; those of RoFormer
 

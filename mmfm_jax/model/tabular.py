@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from mmfm_jax.config import TableConfig
-from mmfm_jax.data.batch import InputSpec, TablePart
+from mmfm_jax.data.batch import Array, InputSpec, TablePart
 from mmfm_jax.model.layers import Table
 from mmfm_jax.model.transformer import Transformer
 

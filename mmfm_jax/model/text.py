@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mmfm_jax.config import TransformerConfig
+from mmfm_jax.data.batch import Array
 from mmfm_jax.model.layers import Table
 from mmfm_jax.model.position import angles_1d
 from mmfm_jax.model.transformer import Transformer

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from mmfm_jax.config import TransformerConfig
+from mmfm_jax.data.batch import Array
 from mmfm_jax.model.attention import Attention
 from mmfm_jax.model.layers import Linear, RMSNorm, stack
 from mmfm_jax.parallel.sharding import constrain
@@ -43,9 +44,9 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(width)
 
     def __call__(self, x, present, angles, memory, memory_present):
-        if self.cross is not None:
+        if self.cross is not None and self.cross_norm is not None:
             x = x + self.cross(self.cross_norm(x), memory, memory_present)
-        if self.attend is not None:
+        if self.attend is not None and self.attend_norm is not None:
             x = x + self.attend(self.attend_norm(x), present=present, angles=angles)
         return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "tokens", None)
 

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from mmfm_jax.config import VisionConfig
-from mmfm_jax.data.batch import ImagePart, ImageShape
+from mmfm_jax.data.batch import Array, ImagePart, ImageShape
 from mmfm_jax.model.layers import Linear, Table
 from mmfm_jax.model.position import angles_3d
 from mmfm_jax.model.transformer import Transformer

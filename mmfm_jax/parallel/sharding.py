@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,13 +36,13 @@ def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh |
     axes = (None,) * (len(shape) - len(axes)) + axes
     split = []
     for axis, size in zip(axes, shape, strict=True):
-        names = RULES.get(axis, ()) if axis else ()
-        pieces = math.prod(mesh.shape[name] for name in names)
-        split.append((names if len(names) > 1 else names[0]) if names and size % pieces == 0 else None)
+        names = RULES.get(axis or "", ())
+        divides = size % math.prod(mesh.shape[name] for name in names) == 0
+        split.append(names if names and divides else None)
     return PartitionSpec(*split)
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def constrain(x: Any, *axes: str | None) -> jax.Array:
     """Keeps an activation split along its logical axes; without a mesh (`jax.set_mesh`) it returns `x`."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))
@@ -89,7 +90,9 @@ def global_batch(local, rows: np.ndarray, batch_size: int, mesh: Mesh):
 
     def join(leaf: np.ndarray) -> jax.Array:
         shape = (batch_size, *leaf.shape[1:])
-        return jax.make_array_from_callback(shape, sharding, lambda index: leaf[_positions(rows, index[0], batch_size)])
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: leaf[_positions(rows, (index or (slice(None),))[0], batch_size)]
+        )
 
     return jax.tree.map(join, local)
 

@@ -9,10 +9,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from mmfm_jax.config import ModelConfig, TaskConfig
-from mmfm_jax.data.batch import Batch, InputSpec
+from mmfm_jax.data.batch import Array, Batch, InputSpec
 from mmfm_jax.model.multimodal import Encoded, MultimodalModel, drop_modalities
 
 Metrics = dict[str, Float[Array, ""]]

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from mmfm_jax.config import ModelConfig, Probability, TaskConfig
-from mmfm_jax.data.batch import InputSpec
+from mmfm_jax.data.batch import Array, InputSpec
 from mmfm_jax.errors import UserError
 from mmfm_jax.model.layers import Linear, RMSNorm
 from mmfm_jax.tasks.base import Metrics, Task, Views, mean_where

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float
-from pydantic import PositiveInt, model_validator
+from jaxtyping import Bool, Float
+from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from mmfm_jax.config import ModelConfig, TaskConfig
-from mmfm_jax.data.batch import Batch, InputSpec
+from mmfm_jax.data.batch import Array, Batch, InputSpec
 from mmfm_jax.errors import UserError
 from mmfm_jax.model.attention import Attention
 from mmfm_jax.model.layers import Linear, RMSNorm, Table
@@ -21,8 +21,7 @@ from mmfm_jax.model.multimodal import Encoded, modality
 from mmfm_jax.tasks.base import Metrics, Task, Views, mean_where
 
 Modality = Literal["image", "text", "table"]
-INITIAL_SCALE, INITIAL_BIAS = 10.0, -10.0  # of the sigmoid loss: all pairs start as confident negatives
-INITIAL_SOFTMAX_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0
+LARGEST_SCALE = 100.0  # as in CLIP
 
 
 class ContrastiveConfig(TaskConfig):
@@ -34,6 +33,10 @@ class ContrastiveConfig(TaskConfig):
     """Each pair judged by itself (SigLIP), or each study's partner chosen among the batch (CLIP)."""
     width: PositiveInt = 128
     """Of the space in which the two meet."""
+    initial_scale: PositiveFloat = 10.0
+    """Of the similarities: the inverse of the softmax's temperature."""
+    initial_bias: float = -10.0
+    """Sigmoid only: start near -log(studies a step), where every pair is as likely a match as it truly is."""
     mask_duplicates: bool = False
     """Pairs of different studies whose texts are identical are not counted as negatives."""
 
@@ -76,8 +79,8 @@ class Contrastive(Task):
             {side: Pool(encoders[side].width, encoders[side].heads, config.width, rngs) for side in config.between}
         )
         sigmoid = config.loss == "sigmoid"
-        self.log_scale = nnx.Param(jnp.log(INITIAL_SCALE if sigmoid else INITIAL_SOFTMAX_SCALE), axes=())
-        self.bias = nnx.Param(jnp.array(INITIAL_BIAS), axes=()) if sigmoid else None
+        self.log_scale = nnx.Param(jnp.log(config.initial_scale), axes=())
+        self.bias = nnx.Param(jnp.array(config.initial_bias), axes=()) if sigmoid else None
 
     def embed(self, views: Views) -> dict[str, tuple[Float[Array, "batch embedding"], Bool[Array, "batch"]]]:
         """The unit vector of each side, and whether the study has that side."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from mmfm_jax.config import Experiment
-from mmfm_jax.data.batch import Batch, InputSpec
+from mmfm_jax.data.batch import Array, Batch, InputSpec
 from mmfm_jax.model.multimodal import MultimodalModel
 from mmfm_jax.tasks import task_types
 from mmfm_jax.tasks.base import Metrics, Task, Views

@@ -8,17 +8,19 @@ hidden of one modality can be read off the others, for the decoder sees nothing 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import PositiveInt
 
 from mmfm_jax.config import ModelConfig, Probability, TaskConfig, TransformerConfig
-from mmfm_jax.data.batch import PAD, InputSpec
+from mmfm_jax.data.batch import PAD, Array, Batch, InputSpec
 from mmfm_jax.errors import UserError
 from mmfm_jax.model.decoder import Decoder
 from mmfm_jax.model.layers import Linear, Table
@@ -40,6 +42,18 @@ class MaskedConfig(TaskConfig):
     """Share of the columns."""
     depth: PositiveInt = 2
     """Blocks of the decoder."""
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What is hidden of each study."""
+
+    patches: dict[str, Int[Array, "batch hidden"]]
+    kept: dict[str, Int[Array, "batch kept"]]
+    """The patches that are not hidden, ascending."""
+    tokens: dict[str, tuple[Int[Array, "batch chosen"], Bool[Array, "batch chosen"]]]
+    """Positions, and which of them count."""
+    columns: Bool[Array, "batch column"]
 
 
 class Masked(Task):
@@ -73,7 +87,7 @@ class Masked(Task):
                 for role, shape in self.shapes
             }
         )
-        self.tokens = (
+        self.tokens: Any = (
             Linear(width, spec.vocabulary_size, ("width", "vocabulary"), rngs, bias=True) if self.fields else None
         )
         columns = self.numbers + sum(self.sizes)
@@ -82,61 +96,73 @@ class Masked(Task):
     def loss(self, views: Views, rng: jax.Array) -> tuple[Float[Array, ""], Metrics]:
         """Sum of the mean losses of images (squared error of windowed voxels), of texts (cross-entropy) and of columns
         (squared error of standardised numbers, cross-entropy of categories)."""
-        batch, rngs = views.batch, jax.random.split(rng, len(self.shapes) + len(self.fields) + 1)
-        studies = batch.study.shape[0]
-        hidden_patches, kept, hidden_tokens = {}, {}, {}
+        masks = self._draw(views.batch, rng)
+        hidden = Hidden(
+            kept_patches=masks.kept,
+            tokens={
+                field: _marked(chosen, valid, views.batch.texts[field].tokens.shape[1])
+                for field, (chosen, valid) in masks.tokens.items()
+            },
+            columns=None if self.columns is None else masks.columns,
+        )
+        latents = views.model.fuse(views.model.encode(views.batch, hidden))
+        metrics = self._score(self._decode(latents, masks, views.batch), masks, views.batch)
+        return sum(metrics.values(), start=jnp.zeros(())), metrics
+
+    def _draw(self, batch: Batch, rng: jax.Array) -> Masks:
+        """What to hide of each study. Patches: a fixed number, so that shapes are static."""
+        rngs, studies = jax.random.split(rng, len(self.shapes) + len(self.fields) + 1), batch.study.shape[0]
+        patches_hidden, kept, tokens = {}, {}, {}
         for key, (role, shape) in zip(rngs, self.shapes):
             count = math.prod(shape.grid)
             order = jax.random.uniform(key, (studies, count)).argsort(axis=1)
             cut = min(max(round(self.config.image * count), 1), count - 1)
-            hidden_patches[role], kept[role] = order[:, :cut], jnp.sort(order[:, cut:], axis=1)
+            patches_hidden[role], kept[role] = order[:, :cut], jnp.sort(order[:, cut:], axis=1)
         for key, field in zip(rngs[len(self.shapes) :], self.fields):
             text = batch.texts[field]
-            hidden_tokens[field] = choose(key, (text.tokens != PAD) & text.present[:, None], self.config.text)
-        columns = None
-        if self.columns is not None:
-            columns = jax.random.bernoulli(rngs[-1], self.config.table, (studies, self.numbers + self.categories))
-        marked = {
-            field: _marked(*chosen, batch.texts[field].tokens.shape[1]) for field, chosen in hidden_tokens.items()
-        }
-        latents = views.model.fuse(views.model.encode(batch, Hidden(kept, marked, columns)))
+            tokens[field] = choose(key, (text.tokens != PAD) & text.present[:, None], self.config.text)
+        columns = jax.random.bernoulli(rngs[-1], self.config.table, (studies, self.numbers + self.categories))
+        return Masks(patches_hidden, kept, tokens, columns)
 
-        queries = [self._image_queries(i, role, hidden_patches[role], batch) for i, (role, _) in enumerate(self.shapes)]
-        queries += [
-            self._text_queries(i, field, *hidden_tokens[field][:1], batch) for i, field in enumerate(self.fields)
-        ]
+    def _decode(self, latents: Float[Array, "batch latent width"], masks: Masks, batch: Batch) -> list[jax.Array]:
+        """What the decoder answers for each hidden place: of each role, of each field, then of all columns."""
+        queries = [self._image_queries(i, role, masks.patches[role], batch) for i, (role, _) in enumerate(self.shapes)]
+        queries += [self._text_queries(i, field, masks.tokens[field][0], batch) for i, field in enumerate(self.fields)]
         if self.columns is not None:
             own = self.query.all[len(self.shapes) + len(self.fields) :]
-            queries.append(jnp.broadcast_to(own, (studies, *own.shape)))
-        lengths = [query.shape[1] for query in queries]
+            queries.append(jnp.broadcast_to(own, (len(latents), *own.shape)))
         decoded = self.decoder(jnp.concatenate(queries, axis=1).astype(latents.dtype), latents)
-        cuts = [sum(lengths[:i]) for i in range(1, len(lengths))]
-        answers = iter(jnp.split(decoded.astype(jnp.float32), cuts, axis=1))
+        ends = np.cumsum([query.shape[1] for query in queries])
+        return jnp.split(decoded.astype(jnp.float32), ends[:-1], axis=1)
 
-        metrics = {}
+    def _score(self, answers: list[jax.Array], masks: Masks, batch: Batch) -> Metrics:
+        remaining, metrics = iter(answers), {}
         for role, shape in self.shapes:
-            target = jnp.take_along_axis(patches(batch.images[role].voxels, shape), hidden_patches[role][:, :, None], 1)
-            error = jnp.square(self.voxels[role](next(answers)) - target).mean(axis=-1)
-            metrics[f"image/{role}"] = mean_where(error, batch.images[role].present[:, None])
+            image = batch.images[role]
+            target = jnp.take_along_axis(patches(image.voxels, shape), masks.patches[role][:, :, None], axis=1)
+            error = jnp.square(self.voxels[role](next(remaining)) - target).mean(axis=-1)
+            metrics[f"image/{role}"] = mean_where(error, image.present[:, None])
         for field in self.fields:
-            chosen, valid = hidden_tokens[field]
+            chosen, valid = masks.tokens[field]
             target = jnp.take_along_axis(batch.texts[field].tokens, chosen, axis=1)
-            entropy = optax.softmax_cross_entropy_with_integer_labels(self.tokens(next(answers)), target)
+            entropy = optax.softmax_cross_entropy_with_integer_labels(self.tokens(next(remaining)), target)
             metrics[f"text/{field}"] = mean_where(entropy, valid)
         if self.columns is not None:
-            metrics |= self._column_losses(self.columns(next(answers)), columns, batch)
-        return sum(metrics.values()), metrics
+            metrics |= self._column_losses(self.columns(next(remaining)), masks.columns, batch)
+        return metrics
 
-    def _image_queries(self, part: int, role: str, hidden: Int[Array, "batch hidden"], batch):
+    def _image_queries(self, part: int, role: str, hidden: Int[Array, "batch hidden"], batch: Batch):
         centres = patch_centres_mm(batch.images[role].spacing_mm, dict(self.shapes)[role])
         angles = angles_3d(jnp.take_along_axis(centres, hidden[:, :, None], axis=1), self.width, self.wavelengths_mm)
         return self.query.all[part] + self.place(waves(angles))
 
-    def _text_queries(self, index: int, field: str, hidden: Int[Array, "batch hidden"], batch):
+    def _text_queries(self, index: int, field: str, hidden: Int[Array, "batch hidden"], batch: Batch):
         angles = jnp.asarray(angles_1d(batch.texts[field].tokens.shape[1], self.width), jnp.float32)
         return self.query.all[len(self.shapes) + index] + self.place(waves(angles)[hidden])
 
-    def _column_losses(self, answers: Float[Array, "batch column output"], hidden: Bool[Array, "batch column"], batch):
+    def _column_losses(
+        self, answers: Float[Array, "batch column output"], hidden: Bool[Array, "batch column"], batch: Batch
+    ) -> Metrics:
         """Each column reads its own outputs: one for a number, one a class for a category."""
         table, held = batch.table, table_present(batch)[:, None]
         losses = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 from jax.extend import core
@@ -23,7 +24,7 @@ PEAK_TFLOPS = {  # dense bf16, a chip, as the vendors publish them
 }
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device: Any) -> float | None:
     """Published bf16 FLOP/s of a device; None for a CPU or an unknown kind."""
     peak = PEAK_TFLOPS.get(device.device_kind)
     return None if peak is None else peak * 1e12
@@ -44,15 +45,19 @@ def _count(jaxpr: core.Jaxpr) -> float:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            left, out = _shape(equation.invars[0]), _shape(equation.outvars[0])
             total += 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
         elif name == "conv_general_dilated":
-            kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+            kernel, out = _shape(equation.invars[1]), _shape(equation.outvars[0])
             channels_out = kernel[params["dimension_numbers"].rhs_spec[0]]
             total += 2 * math.prod(out) * math.prod(kernel) / channels_out
         inner = [_count(sub) for sub in _inner(params)]
         total += max(inner, default=0.0) if name == "cond" else sum(inner) * (params["length"] if name == "scan" else 1)
     return total
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _inner(params: dict) -> list[core.Jaxpr]:

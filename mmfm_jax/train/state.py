@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,13 +55,13 @@ def initial_state(experiment: Experiment, spec: InputSpec, optimizer: optax.Grad
     )
 
 
-def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+def state_shardings(state: TrainState, mesh: Mesh) -> Any:
     """Where each leaf of the state lives: parameters, their moments and average by the rule table, scalars everywhere.
 
     `state` may be shapes alone.
     """
     params = sharding.of_parameters(state.params, mesh)
-    everywhere = sharding.replicated(mesh)
+    everywhere: Any = sharding.replicated(mesh)
     return TrainState(
         params=params,
         optimizer=sharding.like_parameters(state.optimizer, state.params, params, mesh),

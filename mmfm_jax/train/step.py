@@ -54,7 +54,7 @@ def make_step(
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         average = None
-        if state.average is not None:
+        if state.average is not None and config.ema_decay is not None:
             updates_before = (state.step - state.skipped).astype(jnp.float32)
             decay = jnp.minimum(
                 config.ema_decay, (1 + updates_before) / (10 + updates_before)

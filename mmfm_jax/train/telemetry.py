@@ -24,7 +24,7 @@ class Clock:
 
     def __init__(self):
         self.started = time.perf_counter()
-        self.seconds = dict.fromkeys(ACTIVITIES, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(ACTIVITIES, 0.0)
 
     @contextlib.contextmanager
     def __call__(self, activity: str) -> Iterator[None]:

@@ -1,5 +1,7 @@
 """The mesh never changes the mathematics: the same batches, losses and parameters on any shape of it."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -68,17 +70,17 @@ def test_losses_and_parameters_are_those_of_one_device(sizes, material, alone):
         np.testing.assert_allclose(np.asarray(mine), np.asarray(single), atol=3e-3)
     split = [s for s in jax.tree.leaves(shardings.params) if not s.is_fully_replicated]
     assert len(split) > 20
-    moments = shardings.optimizer[1]
+    moments: Any = shardings.optimizer[1]
     assert moments.mu == shardings.params and moments.nu == shardings.params
 
 
 def test_each_axis_of_a_parameter_is_split_by_its_rule_where_the_mesh_divides_it():
     mesh = mesh_of(fsdp=4, tensor=2)
     spec = jax.sharding.PartitionSpec
-    assert sharding.partition(("width", "mlp"), (8, 6), mesh) == spec("fsdp", "tensor")
-    assert sharding.partition(("width", "mlp"), (3, 8, 6), mesh) == spec(None, "fsdp", "tensor")  # a stack of layers
+    assert sharding.partition(("width", "mlp"), (8, 6), mesh) == spec(("fsdp",), ("tensor",))
+    assert sharding.partition(("width", "mlp"), (3, 8, 6), mesh) == spec(None, ("fsdp",), ("tensor",))
     assert sharding.partition(("width", "mlp"), (6, 5), mesh) == spec(None, None)
-    assert sharding.partition((None, "width"), (9, 8), mesh) == spec(None, "fsdp")
+    assert sharding.partition((None, "width"), (9, 8), mesh) == spec(None, ("fsdp",))
 
 
 def test_a_process_reads_the_rows_its_devices_hold_and_they_join_to_the_batch():
