@@ -33,7 +33,14 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
         kept: list[keep.PreservationPolicy] = [keep.LatestN(config.keep)]
         if config.best:
-            kept.append(keep.BestN(get_metric_fn=lambda metrics: metrics[config.best], reverse=True, n=1))
+            kept.append(
+                keep.BestN(
+                    get_metric_fn=lambda metrics: metrics[config.best],
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
         self._manager = ocp.CheckpointManager(
             (run / CHECKPOINTS).absolute(),
             options=ocp.CheckpointManagerOptions(

@@ -106,6 +106,15 @@ def test_a_finished_run_has_nothing_left_to_train(mmfm, config, uninterrupted):
     assert done.returncode == 0 and "nothing is left to train" in done.stdout
 
 
+def test_the_latest_checkpoints_and_the_best_are_kept_and_no_others(uninterrupted):
+    kept = sorted(int(path.name) for path in (uninterrupted / "checkpoints").iterdir() if path.name.isdigit())
+    lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    validated = {line["step"]: line["validation/loss"] for line in lines if "validation/loss" in line}
+    best = min(validated, key=lambda step: validated[step])
+    assert kept == sorted({best, STEPS - 2, STEPS})
+    assert load_run(uninterrupted).step == best
+
+
 def test_the_run_learns(uninterrupted):
     losses = [loss for _, (_, loss) in sorted(history(uninterrupted).items())]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
