@@ -69,7 +69,7 @@ def train(experiment: Experiment, run: str | Path, console: Console | None = Non
         else:
             state = checkpoints.restore(first, shapes, shardings)
     if first >= config.steps:
-        console.print(f"{run}: is at step {first} of {config.steps}; nothing is left to train.")
+        console.print(f"{run}: is at step {first} of {config.steps}; nothing is left to train.", soft_wrap=True)
         return Outcome(first, stopped=False)
 
     rows = sharding.local_rows(config.batch_size, mesh)
@@ -150,7 +150,10 @@ def train(experiment: Experiment, run: str | Path, console: Console | None = Non
             checkpoints.wait()
         telemetry.log(number, clock.shares())
     if stopped and number < config.steps:
-        console.print(f"Stopped at step {number} of {config.steps} and saved; the same command goes on from there.")
+        console.print(
+            f"Stopped at step {number} of {config.steps} and saved; the same command goes on from there.",
+            soft_wrap=True,
+        )
     return Outcome(number, stopped=number < config.steps)
 
 
