@@ -138,6 +138,8 @@ class TransformerConfig(Config):
     """Gated (GEGLU, arXiv:2002.05202) instead of plain GELU MLP."""
     remat: Literal["none", "dots", "full"] = "none"
     """What backward recomputes: nothing, all but matmul outputs, or whole blocks."""
+    unroll: PositiveInt = 1
+    """Blocks a turn of the loop over depth: more compile longer and spare the copies of what backward keeps."""
 
     @model_validator(mode="after")
     def _heads_divide(self):

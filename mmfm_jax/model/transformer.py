@@ -52,10 +52,10 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """`config.depth` blocks and a final norm. Compile time does not grow with depth."""
+    """`config.depth` blocks and a final norm. Compile time grows with `config.unroll`, not with depth."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, self_attention=True, cross_attention=False):
-        self.remat = config.remat
+        self.remat, self.unroll = config.remat, config.unroll
         self.blocks = stack(lambda rngs: Block(config, rngs, self_attention, cross_attention), config.depth, rngs)
         self.norm = RMSNorm(config.width)
 
@@ -74,5 +74,5 @@ class Transformer(nnx.Module):
 
         if self.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(apply, constrain(x, "batch", "tokens", None), layers)
+        x, _ = jax.lax.scan(apply, constrain(x, "batch", "tokens", None), layers, unroll=self.unroll)
         return self.norm(x)

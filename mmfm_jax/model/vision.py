@@ -53,7 +53,8 @@ class VisionEncoder(nnx.Module):
         if kept is not None:
             content = jnp.take_along_axis(content, kept[:, :, None], axis=1)
             centres = jnp.take_along_axis(centres, kept[:, :, None], axis=1)
-        x = self.embed[role]((content - 0.5).astype(self.dtype))
+        # In [0, 2]: a mean square near 1, and zero where the image is empty.
+        x = self.embed[role]((2 * content).astype(self.dtype))
         if self.registers is not None:  # they stand at the centre of the crop
             registers = jnp.broadcast_to(self.registers.all, (len(x), *self.registers.all.shape)).astype(x.dtype)
             x = jnp.concatenate([registers, x], axis=1)

@@ -37,15 +37,15 @@ def test_a_stack_is_its_layers_one_after_another():
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-3  # layers start apart
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_neither_values_nor_gradients(remat):
-    def gradient(remat):
-        config = TransformerConfig(width=8, depth=2, heads=2, remat=remat)
+@pytest.mark.parametrize("changed", [{"remat": "dots"}, {"remat": "full"}, {"unroll": 2}, {"unroll": 3}])
+def test_remat_and_unroll_change_neither_values_nor_gradients(changed):
+    def gradient(**changed):
+        config = TransformerConfig(width=8, depth=3, heads=2, **changed)
         graph, state = nnx.split(Transformer(config, nnx.Rngs(params=0)))
         x = jax.random.normal(jax.random.key(1), (2, 5, 8))
         return jax.value_and_grad(lambda s: jnp.square(nnx.merge(graph, s)(x)).mean())(state)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), gradient("none"), gradient(remat))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), gradient(), gradient(**changed))
 
 
 def test_low_precision_activations_stay_near_full_ones_over_float32_parameters(material, prepared, model):
