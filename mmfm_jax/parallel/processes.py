@@ -6,7 +6,7 @@ import os
 
 import jax
 
-CLUSTERS = ("SLURM_JOB_ID", "TPU_WORKER_HOSTNAMES", "JOBSET_NAME", "OMPI_MCA_orte_hnp_uri")
+from mmfm_jax.errors import UserError
 
 
 def start_processes() -> None:
@@ -16,19 +16,30 @@ def start_processes() -> None:
     JAX_NUM_PROCESSES and JAX_PROCESS_ID. Under Slurm, GKE and Cloud TPU, JAX finds the group by itself.
     MMFM_CPU_DEVICES=n splits the CPU into n virtual devices, to try a mesh without accelerators.
     """
-    if devices := os.environ.get("MMFM_CPU_DEVICES"):
-        jax.config.update("jax_num_cpu_devices", int(devices))
-    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        if os.environ.get("JAX_PLATFORMS") == "cpu":
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(address, int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"]))
-    elif (
-        int(os.environ.get("SLURM_NTASKS", "1")) > 1
-        or _several(os.environ.get("TPU_WORKER_HOSTNAMES", ""))
+    if devices := _whole("MMFM_CPU_DEVICES"):
+        jax.config.update("jax_num_cpu_devices", devices)
+        # Two steps in flight share one pool of threads, and their collectives wait for each other for ever.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    cluster = (
+        (_whole("SLURM_NTASKS") or 1) > 1
+        or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
         or "JOBSET_NAME" in os.environ
-    ):
+    )
+    if address or cluster:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of no effect on other platforms
+    if address:
+        processes, process = _whole("JAX_NUM_PROCESSES"), _whole("JAX_PROCESS_ID")
+        if processes is None or process is None:
+            raise UserError("JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID too")
+        jax.distributed.initialize(address, processes, process)
+    elif cluster:
         jax.distributed.initialize()
 
 
-def _several(hosts: str) -> bool:
-    return "," in hosts
+def _whole(variable: str) -> int | None:
+    """The whole number in an environment variable, None if that is not set. Raises UserError if it is anything else."""
+    text = os.environ.get(variable)
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    raise UserError(f"{variable}={text}: is not a whole number; set one or unset it")
