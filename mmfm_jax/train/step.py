@@ -49,7 +49,7 @@ def make_step(
         prepared = prepare(batch, spec, experiment.data.augment, augment_rng)
         (loss, metrics), gradients = gradient(state.params, prepared, loss_rng)
 
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
