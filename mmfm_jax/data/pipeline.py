@@ -96,6 +96,13 @@ class Samples:
             labels={name: _label(labels.get(name)) for name in self.spec.labels},
         )
 
+    def readings(self, row: int) -> list[dict[str, str]]:
+        """The words of the study at `row`, by field: first the first text of each field, then the second, and so on."""
+        texts = self.store.table(int(row))[0]
+        held = {field: texts.get(field, ()) for field in self.spec.texts}
+        most = max(map(len, held.values()), default=0)
+        return [{field: of[i] for field, of in held.items() if i < len(of)} for i in range(most)]
+
     def absent(self) -> Batch:
         """A study of which everything is missing, to fill up a batch."""
         return Batch(

@@ -17,7 +17,7 @@ from mmfm_jax.data.batch import InputSpec
 from mmfm_jax.data.pipeline import Samples, evaluation_batches
 from mmfm_jax.data.store import StudyStore
 from mmfm_jax.errors import UserError
-from mmfm_jax.evaluate.features import Features, collect, embed_prompts, extractor
+from mmfm_jax.evaluate.features import Features, average_readings, collect, embed_prompts, extractor
 from mmfm_jax.evaluate.metrics import Measure
 from mmfm_jax.evaluate.protocols import (
     WHOLE_TABLE,
@@ -94,6 +94,8 @@ def measure_run(trained: TrainedRun, store: StudyStore, samples: Samples, consol
         return collect(extract, progress, store.patients)
 
     test, train = features(config.split), features(TRAIN, TRAIN_STUDIES)
+    readings = [samples.readings(int(row)) for row in test.rows]
+    test = average_readings(test, trained.learner, spec, trained.tokenizer, readings, config.batch_size)
     columns = tuple(dict.fromkeys([*experiment.inputs.columns, *(c for b in config.baselines.values() for c in b)]))
     test_table, train_table = (
         make_table([store.table(int(row))[1] for row in split.rows], columns, store.schema) for split in (test, train)

@@ -7,7 +7,6 @@ import hashlib
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int, Shaped
 
-from mmfm_jax.data.batch import Batch, ImagePart, InputSpec, LabelPart, TablePart, TextPart
+from mmfm_jax.data.batch import PAD, Batch, ImagePart, InputSpec, LabelPart, TablePart, TextPart
 from mmfm_jax.data.tokenizer import Tokenizer
 from mmfm_jax.data.transforms import prepare
 from mmfm_jax.tasks.base import Views
@@ -143,41 +142,96 @@ def _digests(part, real: Bool[np.ndarray, "batch"]) -> Shaped[np.ndarray, "study
     )
 
 
-# ---------------------------------------------------------------- prompts
+# ---------------------------------------------------------------- texts alone
+
+Words = dict[str, str]  # by text field
 
 
 def embed_prompts(
     learner: Learner, spec: InputSpec, tokenizer: Tokenizer, task: str, prompts: tuple[str, ...]
 ) -> Float[np.ndarray, "prompt width"]:
     """Unit vectors of sentences, each as the only content of a study: its first text field."""
-    batch = prompt_batch(spec, tokenizer, prompts)
+    field = next(iter(spec.texts))
+    texts = text_parts(spec, tokenizer, [{field: prompt} for prompt in prompts])
+    return text_embedder(learner, spec)(texts)[task]
 
-    @nnx.jit
-    def embed(learner: Learner):
+
+def average_readings(
+    test: Features, learner: Learner, spec: InputSpec, tokenizer: Tokenizer, readings: list[list[Words]], batch: int
+) -> Features:
+    """`test` with the text embedding of each study that holds several texts made the mean of theirs, a unit vector.
+
+    `readings`: those of each study, one dictionary for the first text of every field, one for the second, and so on.
+    As prompts are averaged in CLIP (arXiv:2103.00020): one reader's words say less of a study than all readers' do.
+    """
+    tasks = [task for task, sides in test.embeddings.items() if "text" in sides]
+    if not tasks or max(map(len, readings), default=0) < 2:
+        return test
+    study = np.repeat(np.arange(len(readings)), [len(of_study) for of_study in readings])
+    words = [reading for of_study in readings for reading in of_study]
+    embed, parts, digests = text_embedder(learner, spec), [], []
+    for start in range(0, len(words), batch):
+        chunk = words[start : start + batch]
+        texts = text_parts(spec, tokenizer, chunk + [{}] * (batch - len(chunk)))  # one shape, compiled once
+        parts.append({task: vectors[: len(chunk)] for task, vectors in embed(texts).items() if task in tasks})
+        digests.extend(_digests(texts, np.arange(batch) < len(chunk)))
+    vectors, embeddings = _concatenate(parts), dict(test.embeddings)
+    for task in tasks:
+        total = np.zeros((len(readings), vectors[task].shape[1]))
+        np.add.at(total, study, vectors[task])
+        mean = total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-12)
+        text = dataclasses.replace(test.embeddings[task]["text"], vectors=mean.astype(np.float32))
+        embeddings[task] = test.embeddings[task] | {"text": text}
+    held = [[] for _ in readings]
+    for i, digest in zip(study, digests):
+        held[i].append(str(digest))
+    alike = np.unique([" ".join(sorted(of_study)) for of_study in held], return_inverse=True)[1]
+    return dataclasses.replace(test, embeddings=embeddings, same=test.same | {"text": alike})
+
+
+def text_parts(spec: InputSpec, tokenizer: Tokenizer, words: list[Words]) -> dict[str, TextPart]:
+    """The text fields of studies that hold these words."""
+    parts = {}
+    for field, length in spec.texts.items():
+        tokens = np.full((len(words), length), PAD, np.int32)
+        for i, of_study in enumerate(words):
+            if field in of_study:
+                tokens[i] = tokenizer.encode(of_study[field], length)
+        parts[field] = TextPart(tokens, (tokens != PAD).any(axis=1))
+    return parts
+
+
+def text_embedder(
+    learner: Learner, spec: InputSpec
+) -> Callable[[dict[str, TextPart]], dict[str, Float[np.ndarray, "study width"]]]:
+    """The function from texts to the unit vectors of studies that hold nothing else, by contrastive task."""
+    graph, state = nnx.split(learner)
+
+    @jax.jit
+    def embed(state: nnx.State, texts: dict[str, TextPart]) -> dict:
+        learner = nnx.merge(graph, state)
+        batch = _only_texts(spec, texts)
         seen = Views(learner.model, prepare(batch, spec, None, None), jax.random.key(0), train=False)
-        return cast(Contrastive, learner.tasks[task]).embed(seen)["text"][0]
+        return {
+            name: task.embed(seen)["text"][0]
+            for name, task in learner.tasks.items()
+            if isinstance(task, Contrastive) and "text" in task.config.between
+        }
 
-    return np.asarray(embed(learner), np.float32)
+    return lambda texts: jax.tree.map(lambda x: np.asarray(x, np.float32), embed(state, texts))
 
 
-def prompt_batch(spec: InputSpec, tokenizer: Tokenizer, prompts: tuple[str, ...]) -> Batch:
-    """One study a prompt, holding nothing else."""
-    n = len(prompts)
-    absent = np.zeros(n, bool)
-    texts = {name: TextPart(np.zeros((n, length), np.int32), absent) for name, length in spec.texts.items()}
-    field, length = next(iter(spec.texts.items()))
-    tokens = np.stack([tokenizer.encode(prompt, length) for prompt in prompts])
-    texts[field] = dataclasses.replace(texts[field], tokens=tokens, present=~absent)
+def _only_texts(spec: InputSpec, texts: dict[str, TextPart]) -> Batch:
+    """Traced inside jit, where what is absent costs nothing."""
+    n = len(next(iter(texts.values())).present)
+    absent = jnp.zeros(n, bool)
     images = {
-        role: ImagePart(np.zeros((n, *image.size, image.channels), np.float32), np.ones((n, 3), np.float32), absent)
+        role: ImagePart(jnp.zeros((n, *image.size, image.channels)), jnp.ones((n, 3)), absent)
         for role, image in spec.images.items()
     }
     numbers, categories = (n, len(spec.numbers)), (n, len(spec.categories))
     table = TablePart(
-        np.zeros(numbers, np.float32),
-        np.zeros(numbers, bool),
-        np.zeros(categories, np.int32),
-        np.zeros(categories, bool),
+        jnp.zeros(numbers), jnp.zeros(numbers, bool), jnp.zeros(categories, jnp.int32), jnp.zeros(categories, bool)
     )
-    labels = {label: LabelPart(np.zeros(n, np.int32), absent) for label in spec.labels}
-    return Batch(np.full(n, -1, np.int32), images, texts, table, labels)
+    labels = {label: LabelPart(jnp.zeros(n, jnp.int32), absent) for label in spec.labels}
+    return Batch(jnp.full(n, -1, jnp.int32), images, texts, table, labels)

@@ -10,7 +10,7 @@ from flax import nnx
 from mmfm_jax.config import validate
 from mmfm_jax.data.batch import Batch, ImagePart, ImageShape, InputSpec, LabelPart, NumberStats, TablePart, TextPart
 from mmfm_jax.data.tokenizer import Tokenizer
-from mmfm_jax.evaluate.features import collect, embed_prompts, extractor, views_of
+from mmfm_jax.evaluate.features import average_readings, collect, embed_prompts, extractor, views_of
 from mmfm_jax.tasks.learner import Learner
 
 TOWER = {"width": 16, "depth": 1, "heads": 2}
@@ -141,3 +141,30 @@ def test_features_do_not_depend_on_the_number_of_devices(learner, spec, extract,
     monkeypatch.undo()
     for a, b in zip(jax.tree.leaves(one(batch(tokenizer))), jax.tree.leaves(extract(batch(tokenizer)))):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_the_text_of_a_study_is_the_mean_of_its_readings(learner, spec, extract, tokenizer):
+    seen = collect(extract, [batch(tokenizer)], names)
+    round_, lobed = ({"report": text} for text in ("a round nodule", "a lobed mass"))
+    readings = [[round_], [lobed], [round_, lobed], [lobed, round_], [lobed, lobed, round_], [round_] * 2, [lobed], []]
+    found = average_readings(seen, learner, spec, tokenizer, readings, batch=5)  # 12 readings: chunks are cut anywhere
+    vector = dict(zip(("round", "lobed"), embed_prompts(learner, spec, tokenizer, "image_text", tuple(
+        of["report"] for of in (round_, lobed)))))  # fmt: skip
+    sums = [
+        vector["round"],
+        vector["lobed"],
+        *[vector["round"] + vector["lobed"]] * 2,
+        2 * vector["lobed"] + vector["round"],
+    ]
+    expected = np.stack([total / np.linalg.norm(total) for total in sums])
+    np.testing.assert_allclose(found.embeddings["image_text"]["text"].vectors[:5], expected, atol=1e-5)
+    np.testing.assert_array_equal(
+        found.embeddings["image_text"]["image"].vectors, seen.embeddings["image_text"]["image"].vectors
+    )
+    alike = found.same["text"]
+    assert alike[2] == alike[3] and alike[1] == alike[6] and len(set(alike)) == 6
+
+
+def test_studies_of_one_reading_each_are_left_as_they_are(learner, spec, extract, tokenizer):
+    seen = collect(extract, [batch(tokenizer)], names)
+    assert average_readings(seen, learner, spec, tokenizer, [[{"report": "a"}]] * STUDIES, 4) is seen
