@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,3 +42,30 @@ def test_the_schema_is_one_an_editor_can_use(capsys):
     assert schema["additionalProperties"] is False
     kinds = schema["properties"]["tasks"]["additionalProperties"]["discriminator"]["mapping"]
     assert set(kinds) == {"contrastive", "masked", "classification"}
+
+
+def test_the_committed_schema_is_current(capsys):
+    from mmfm_jax.cli import main
+
+    main(["schema"])
+    committed = Path(__file__).parents[1] / "configs" / "experiment.schema.json"
+    assert committed.read_text() == capsys.readouterr().out, "run: mmfm schema > configs/experiment.schema.json"
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({"MMFM_CPU_DEVICES": "two"}, "MMFM_CPU_DEVICES=two: is not a whole number"),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost:1"}, "set JAX_NUM_PROCESSES and JAX_PROCESS_ID too"),
+    ],
+)
+def test_an_environment_that_names_no_group_is_refused(monkeypatch, environment, expected):
+    from mmfm_jax.errors import UserError
+    from mmfm_jax.parallel.processes import start_processes
+
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "MMFM_CPU_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=expected):
+        start_processes()
