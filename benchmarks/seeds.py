@@ -17,15 +17,18 @@ CONFIG = "configs/demo.yaml"
 RUNS = Path("runs/seeds")
 SPLIT_KEYS = {"mmfm": "data/lidc", "another": "data/lidc-another"}  # and the store of each
 CASES = (("mmfm", 0), ("mmfm", 1), ("mmfm", 2), ("another", 0))
-RECALL = "retrieval/image_to_text/recall@5"
-SHOWN = {
-    "malignancy, fused": "malignancy/fused/auroc",
-    "diameter alone": "malignancy/baseline_diameter/auroc",
-    "fused - diameter": "malignancy/fused_minus_baseline_diameter/auroc",
-    "table boosted": "malignancy/baseline_table/auroc",
-    "spiculation, zero-shot": "spiculation/zero_shot/auroc",
-    "recall@5": RECALL,
-}
+SHOWN = (
+    "malignancy/fused/auroc",
+    "malignancy/fused_without_table/auroc",
+    "malignancy/baseline_diameter/auroc",
+    "malignancy/baseline_table/auroc",
+    "malignancy/fused_minus_baseline_diameter/auroc",
+    "spiculation/zero_shot/auroc",
+    "lobulation/zero_shot/auroc",
+    "margin/zero_shot/auroc",
+    "calcification/zero_shot/auroc",
+    *(f"retrieval/{way}/recall@5" for way in ("image_to_text", "text_to_image", "image_to_table", "table_to_image")),
+)
 
 
 def mmfm(*arguments: str) -> None:
@@ -41,16 +44,20 @@ def measured(split_key: str, seed: int) -> dict[str, dict[str, float]]:
     return json.loads((run / "evaluation.json").read_text())
 
 
-def row(measures: dict[str, dict[str, float]]) -> list[str]:
-    cells = [f"{m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f})" for m in (measures[n] for n in SHOWN.values())]
-    return [*cells, f"{measures[RECALL]['value'] / measures[f'{RECALL}_chance']['value']:.1f}"]
+def cell(measures: dict[str, dict[str, float]], name: str) -> str:
+    """One measure: with its interval or, where it has a chance level, as a multiple of that."""
+    m, chance = measures[name], measures.get(f"{name}_chance")
+    if chance:
+        return f"{m['value']:.3f} ({m['value'] / chance['value']:.1f} x chance)"
+    return f"{m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f})"
 
 
 def main() -> None:
-    table = Table("split key", "seed", *SHOWN, "times chance", title="Held-out patients, 95% intervals")
-    for split_key, seed in CASES:
-        table.add_row(split_key, str(seed), *row(measured(split_key, seed)))
-    Console().print(table)
+    runs = {f"split {key}, seed {seed}": measured(key, seed) for key, seed in CASES}
+    table = Table("measure", *runs, title="Held-out patients, 95% intervals")
+    for name in SHOWN:
+        table.add_row(name, *(cell(measures, name) for measures in runs.values()))
+    Console(width=160).print(table)
 
 
 if __name__ == "__main__":

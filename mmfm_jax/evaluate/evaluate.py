@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table as RichTable
@@ -174,11 +175,22 @@ def check(config: EvaluateConfig, spec: InputSpec, store: StudyStore, learner: L
 
 def results_table(measures: dict[str, Measure]) -> RichTable:
     """Measures side by side with their intervals; a chance level stands in the row of what it is the chance of."""
-    table = RichTable("measure", "value", "95% interval", "chance", "studies", title="Held-out patients")
+    table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title="Held-out patients")
+    table.add_column("measure", no_wrap=True)
+    for column in ("value", "95% interval", "chance"):
+        table.add_column(column, justify="right", no_wrap=True)
+    of = ""
     for name, m in measures.items():
         if name.endswith("_chance"):
             continue
-        interval = f"{m.low:.3f} to {m.high:.3f}" if m.low is not None else ""
+        if (label := name.partition("/")[0]) != of:
+            table.add_section()
+            of = label
+        interval = f"{_short(m.low)} to {_short(m.high)}" if m.low is not None and m.high is not None else ""
         level = measures.get(f"{name}_chance")
-        table.add_row(name, f"{m.value:.3f}", interval, f"{level.value:.3f}" if level else "", str(m.n))
+        table.add_row(name, _short(m.value), interval, _short(level.value) if level else "")
     return table
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"
