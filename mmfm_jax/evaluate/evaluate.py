@@ -71,7 +71,7 @@ def evaluate(run: str | Path, console: Console | None = None) -> Evaluation:
     result = measure_run(trained, store, samples, console)
     measures = {name: asdict(measure) for name, measure in result.measures.items()}
     folder.replace(run / "evaluation.json", json.dumps(measures, indent=1) + "\n")
-    write_report(run, trained, store, samples, result)
+    write_report(run, trained, samples, result)
     for note in result.notes:
         console.print(note)
     console.print(results_table(result.measures))

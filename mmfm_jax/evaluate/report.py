@@ -10,20 +10,24 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from sklearn.metrics import roc_curve
 
 from mmfm_jax.data.pipeline import Samples
-from mmfm_jax.data.store import StudyStore
 from mmfm_jax.evaluate import figures
 from mmfm_jax.evaluate.features import FUSED, Features
 from mmfm_jax.evaluate.metrics import Measure, confidence, retrieval_ranks
 from mmfm_jax.evaluate.protocols import Predictions
 from mmfm_jax.train import folder
 
+if TYPE_CHECKING:  # it imports this module
+    from mmfm_jax.evaluate.evaluate import Evaluation
+    from mmfm_jax.train.checkpoint import TrainedRun
+
 EXAMPLES = 12
-NOT_DRAWN = {"step", "time"}
+NOT_DRAWN = {"step", "time", "batch_checksum"}
 
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -53,10 +57,10 @@ class Example:
     """Texts it was ranked among."""
 
 
-def write_report(run: Path, trained, store: StudyStore, samples: Samples, result) -> None:
+def write_report(run: Path, trained: TrainedRun, samples: Samples, result: Evaluation) -> None:
     """Writes `report.html` in the run folder, whole or not at all."""
     experiment = trained.experiment
-    shown = examples(result.test, image_text_task(result.test), store, samples, experiment.seed)
+    shown = examples(result.test, image_text_task(result.test), samples, experiment.seed)
     page = render(
         title=experiment.name,
         facts=(
@@ -122,7 +126,8 @@ def render(
             "<h2>Examples</h2>",
             _note(
                 "Held-out studies drawn at random: middle slice at true scale, the text nearest to the image among"
-                f" those of {shown[0].gallery} studies, and the study's own text with its rank."
+                f" those of {shown[0].gallery} studies, and the study's own text with its rank. Of several texts of"
+                " a study, the mean is what is compared and the first is what is shown."
             ),
             _examples(shown),
         ]
@@ -171,7 +176,7 @@ def image_text_task(test: Features) -> str | None:
     return next((task for task, both in test.embeddings.items() if set(both) == {"image", "text"}), None)
 
 
-def examples(test: Features, task: str | None, store: StudyStore, samples: Samples, seed: int) -> list[Example]:
+def examples(test: Features, task: str | None, samples: Samples, seed: int) -> list[Example]:
     """A few test studies drawn at random with their nearest texts; none when no task compares images with texts."""
     if task is None:
         return []
@@ -183,8 +188,8 @@ def examples(test: Features, task: str | None, store: StudyStore, samples: Sampl
     return [
         Example(
             middle_slice(samples, int(test.rows[both[i]])),
-            first_text(store, samples, int(test.rows[both[j]])),
-            first_text(store, samples, int(test.rows[both[i]])),
+            first_reading(samples, int(test.rows[both[j]])),
+            first_reading(samples, int(test.rows[both[i]])),
             float(ranks.expected[i]),
             len(both),
         )
@@ -192,10 +197,10 @@ def examples(test: Features, task: str | None, store: StudyStore, samples: Sampl
     ]
 
 
-def first_text(store: StudyStore, samples: Samples, row: int) -> str:
-    """The first text of each field that the model reads, as the evaluation showed it."""
-    texts = store.table(row)[0]
-    return " ".join(texts[field][0] for field in samples.spec.texts if texts.get(field))
+def first_reading(samples: Samples, row: int) -> str:
+    """The first text of each field that the model reads, and how many more readings the study has."""
+    first, *more = samples.readings(row)
+    return " ".join(first.values()) + (f" (and {len(more)} more)" if more else "")
 
 
 def middle_slice(samples: Samples, row: int) -> figures.Slice:
