@@ -72,8 +72,8 @@ def small_studies(n: int) -> list[Study]:
 
 
 @pytest.fixture(scope="session")
-def small_store(tmp_path_factory) -> str:
-    """The folder of a store of small studies."""
+def make_small_store(tmp_path_factory):
+    """`make_small_store(studies, splits)`: the folder of a store of those of the small studies that are in the splits."""
     schema = Schema(
         images={"ct": ImageSpec(dtype="uint8", shape=(4, 8, 8))},
         texts={"report": "what a reader saw"},
@@ -84,9 +84,18 @@ def small_store(tmp_path_factory) -> str:
         },
         labels={"disease": LabelSpec(classes=("absent", "present"))},
     )
-    url = str(tmp_path_factory.mktemp("small") / "store")
-    write_store(url, schema, small_studies(120))
-    return url
+
+    def make(studies: int, splits=("train", "validation", "test")) -> str:
+        url = str(tmp_path_factory.mktemp("small") / "store")
+        write_store(url, schema, [study for study in small_studies(studies) if study.split in splits])
+        return url
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_store(make_small_store) -> str:
+    return make_small_store(120)
 
 
 @pytest.fixture(scope="session")

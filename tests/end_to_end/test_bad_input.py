@@ -102,11 +102,8 @@ def test_a_store_with_a_truncated_chunk(capsys, copied, changed, tmp_path):
     assert "volumes/ct" in said(capsys, "inspect", copied, "--verify")
 
 
-def test_a_store_without_patients_in_a_split(capsys, small_store, changed, tmp_path):
-    path = changed({"evaluate": {"split": "holdout"}})
-    assert path.exists()
-    from mmfm_jax.data.store import StudyStore
-    from mmfm_jax.errors import UserError
-
-    with pytest.raises(UserError, match="the split holdout has no patients"):
-        StudyStore.open(small_store).rows("holdout")
+@pytest.mark.parametrize("empty", ["train", "validation"])
+def test_a_store_without_patients_in_a_split(capsys, make_small_store, changed, tmp_path, empty):
+    path = changed({"data.store": make_small_store(20, {"train", "validation", "test"} - {empty})})
+    assert f"the split {empty} has no patients" in said(capsys, "train", path, "--run", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
