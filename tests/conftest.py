@@ -73,7 +73,7 @@ def small_studies(n: int) -> list[Study]:
 
 @pytest.fixture(scope="session")
 def make_small_store(tmp_path_factory):
-    """`make_small_store(studies, splits)`: the folder of a store of those of the small studies that are in the splits."""
+    """`make_small_store(studies, splits)`: the folder of a store of the small studies of these splits."""
     schema = Schema(
         images={"ct": ImageSpec(dtype="uint8", shape=(4, 8, 8))},
         texts={"report": "what a reader saw"},
