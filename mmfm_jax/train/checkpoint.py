@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ class Checkpoints:
 
     def __init__(self, run: Path, config: CheckpointConfig):
         self.config = config
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax narrates every save, and raises what goes wrong
         kept: list[keep.PreservationPolicy] = [keep.LatestN(config.keep)]
         if config.best:
             kept.append(
@@ -60,11 +62,15 @@ class Checkpoints:
         return self._manager.best_step() if self.config.best else self.latest()
 
     def save(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
-        """Starts a save and returns once the state is copied; `metrics` may lack the best-of metric."""
+        """Starts a save and returns once the state is copied; `metrics` may lack the best-of metric.
+
+        Raises UserError when this save could not be started, or the one before could not be finished.
+        """
         if step in self._manager.all_steps():
             return
         named = {self.config.best: metrics[self.config.best]} if self.config.best in metrics else None
-        self._manager.save(step, args=ocp.args.StandardSave(plain(state)), metrics=named, force=True)
+        with self._writing():
+            self._manager.save(step, args=ocp.args.StandardSave(plain(state)), metrics=named, force=True)
 
     def restore(self, step: int, shapes: TrainState, shardings: TrainState | None) -> TrainState:
         """The state at a step, straight into its shards (on one device where `shardings` is None).
@@ -84,11 +90,24 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(found))
 
     def wait(self) -> None:
-        """Returns when nothing is left to write; raises what a background save raised."""
-        self._manager.wait_until_finished()
+        """Returns when nothing is left to write. Raises UserError when something could not be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except (ValueError, OSError) as error:  # TensorStore raises what the disk says as a ValueError
+            reason = re.sub(r" \[.*", "", str(error)).rpartition(": ")[2]
+            raise UserError(
+                f"{self._manager.directory}: a checkpoint could not be written ({reason}); the ones before it are "
+                "sound: mend that, and the same command goes on from the last"
+            ) from error
 
 
 def plain(state: TrainState) -> dict[str, Any]:
