@@ -13,7 +13,7 @@ from mmfm_jax.train.checkpoint import Checkpoints
 from mmfm_jax.train.state import TrainState
 
 
-def test_a_save_that_finds_no_room_is_one_sentence_and_leaves_the_checkpoints_before_it(tmp_path, capfd):
+def test_a_save_that_finds_no_room_is_one_sentence_and_leaves_the_checkpoints_before_it(tmp_path, caplog):
     state = cast(TrainState, {"values": jnp.asarray(np.random.default_rng(0).random(400_000, np.float32))})
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(best=None))
     checkpoints.save(1, state, {})
@@ -26,7 +26,7 @@ def test_a_save_that_finds_no_room_is_one_sentence_and_leaves_the_checkpoints_be
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "Traceback" not in capfd.readouterr().err
+    assert not caplog.records  # orbax would print a traceback of each of its threads
     assert Checkpoints(tmp_path, CheckpointConfig(best=None)).latest() == 1
     checkpoints.save(3, state, {})
     checkpoints.close()
