@@ -5,48 +5,109 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 from mmfm_jax.errors import UserError
+from mmfm_jax.parallel.flags import set_flags
+
+STARTED = time.perf_counter()
 
 EXAMPLES = {
     "sample": "mmfm sample lidc --out data/lidc",
+    "ingest": "mmfm ingest configs/data/chest_ct.yaml --out data/chest",
+    "rejects": "mmfm rejects data/chest configs/data/chest_ct.yaml",
     "inspect": "mmfm inspect data/lidc",
     "train": "mmfm train configs/demo.yaml --run runs/demo --train.steps 500",
     "evaluate": "mmfm evaluate runs/demo",
+    "plan": "mmfm plan configs/pod.yaml --topology v5e:16x16 --price 1.2 --train.batch_size 2048",
+    "bench": "mmfm bench train vit-s --rounds 10, or: mmfm bench data ct-96",
     "schema": "mmfm schema > configs/experiment.schema.json",
 }
 
 
 def sample(args: argparse.Namespace) -> None:
     """Builds a built-in store of real data. A store that is there already is left as it is."""
-    from mmfm_jax.data.samples.lidc import build_lidc
+    if args.name == "lidc":
+        from mmfm_jax.data.samples.lidc import build_lidc
 
-    build_lidc(args.out, args.split_key)
+        build_lidc(args.out, args.split_key)
+    else:
+        from mmfm_jax.data.samples.mni152 import build_mni152
+
+        build_mni152(args.out, args.split_key)
+
+
+def ingest(args: argparse.Namespace) -> None:
+    """Turns raw exports (DICOM, NIfTI, PNG, tables, FHIR, MEDS, reports) into a de-identified store, as described.
+
+    Every input ends in the store or in its rejects.parquet; exit status 3 says that some were refused.
+    """
+    from rich.console import Console
+
+    from mmfm_jax.data.ingest.pool import Limits
+    from mmfm_jax.data.ingest.report import held, summary
+    from mmfm_jax.data.ingest.run import ingest
+    from mmfm_jax.data.store import StudyStore
+
+    ray = args.runner == "ray"
+    workers = args.workers or (0 if ray else os.cpu_count() or 1)
+    limits = Limits(workers, int(args.memory * 2**30), args.timeout)
+    console = Console(stderr=True)
+    outcome = ingest(args.dataset, args.out, limits, append=args.append, work=args.work, ray=ray, console=console)
+    Console().print(summary(outcome))
+    print(held(outcome, StudyStore.open(args.out)))
+    if outcome.rejects:
+        sys.stdout.flush()
+        sys.exit(3)
+
+
+def rejects(args: argparse.Namespace) -> None:
+    """Names the files that ingest refused, with reason and mend; needs the key and the files, and prints paths."""
+    from mmfm_jax.data.ingest.report import named
+
+    for line in named(args.store, args.dataset):
+        print(line)
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Says what a store holds; --verify also compares every file with its checksum."""
+    """Says what a store holds, and draws it in inspect.html; --verify also compares every file with its checksum.
+
+    The page lies in the store's folder, or in the working directory where that is none or may not be written.
+    """
     from rich.console import Console
 
     from mmfm_jax.data.inspect import summary
+    from mmfm_jax.data.inspect_page import write_page
     from mmfm_jax.data.store import StudyStore
 
     store = StudyStore.open(args.store)
     if args.verify:
         store.verify()
     Console().print(summary(store))
+    print(f"\n{write_page(store, args.out)}")
 
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
     """Trains a configuration into a run folder; a run that holds a checkpoint goes on from it by itself."""
-    from mmfm_jax.parallel.processes import start_processes
+    import jax
+    from rich.console import Console
 
-    start_processes()
     from mmfm_jax.config import load_experiment
+    from mmfm_jax.parallel.compiled import keep_compiled
+    from mmfm_jax.parallel.processes import start_processes
+    from mmfm_jax.train.clock import Clock
     from mmfm_jax.train.loop import train
 
-    train(load_experiment(args.config, overrides), args.run)
+    clock, console = Clock(STARTED), Console()
+    with clock("devices"):
+        start_processes()
+        place = keep_compiled()
+    if place and jax.process_index() == 0:
+        console.print(f"Compiled programs are kept in {place}.", soft_wrap=True, highlight=False)
+    outcome = train(load_experiment(args.config, overrides), args.run, console, clock)
+    if file := os.environ.get("MMFM_OUTCOME"):  # for launchers: both end with status 0
+        Path(file).write_text("stopped\n" if outcome.stopped else "finished\n")
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -56,18 +117,57 @@ def evaluate(args: argparse.Namespace) -> None:
     evaluate(args.run)
 
 
+def plan(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Says what a run on a TPU pod will need and take, by compiling its step for it; none need be there.
+
+    --measure instead times the step on the devices of this machine, on random data.
+    """
+    if not args.measure:
+        if args.topology is None:
+            raise UserError("plan: give the pod to compile for, such as --topology v5e:16x16, or --measure")
+        from mmfm_jax.plan.environment import compile_without_devices
+
+        compile_without_devices()
+    from mmfm_jax.plan.command import run
+
+    run(args, overrides)
+
+
+def bench(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Times our training step against PyTorch's transformers, or our input pipeline against TensorStore and MONAI.
+
+    train: same model, batch and device; the other side is SigLIP with PyTorch's AdamW, on a GPU compiled, in bfloat16
+    and with PyTorch's own kernels of attention. data: random crops, against plain TensorStore reads of the same crops
+    and against MONAI on the same volumes as .nii.gz.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other side needs memory too
+    if args.what == "train":
+        from mmfm_jax.bench.train import run
+    else:
+        from mmfm_jax.bench.data import run
+
+    run(args, overrides)
+
+
 def schema(args: argparse.Namespace) -> None:
-    """Prints the JSON schema of a configuration, for editors."""
+    """Prints the JSON schema of a configuration, or of a data set to ingest, for editors."""
     import json
 
-    from mmfm_jax.config import experiment_type
+    if args.of == "dataset":
+        from mmfm_jax.data.ingest.dataset import Dataset as described
+    else:
+        from mmfm_jax.config import experiment_type
 
-    print(json.dumps(experiment_type().model_json_schema(), indent=1))
+        described = experiment_type()
+    print(json.dumps(described.model_json_schema(), indent=1))
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="mmfm", description="Trains multimodal foundation models on medical images, texts and tables."
+        prog="mmfm",
+        description="Trains multimodal foundation models on medical images, texts and tables.",
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in EXAMPLES.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -80,12 +180,30 @@ def parser() -> argparse.ArgumentParser:
 
     of_sample = verb(sample)
     of_sample.add_argument(
-        "name", choices=["lidc"], help="lidc: nodules of chest CT as radiologists outlined and rated them"
+        "name",
+        choices=["lidc", "mni152"],
+        help="lidc: nodules of chest CT as radiologists outlined and rated them; mni152: blocks of a brain template "
+        "with masks of its tissues",
     )
     of_sample.add_argument("--out", required=True, help="folder or TensorStore URL of the store to build")
     of_sample.add_argument("--split-key", default="mmfm", help="key of the hash that deals patients to splits")
+    of_ingest = verb(ingest)
+    of_ingest.add_argument("dataset", type=Path, help="description of the data set in YAML; see configs/data")
+    of_ingest.add_argument("--out", required=True, help="folder or TensorStore URL of the store to build")
+    of_ingest.add_argument("--append", action="store_true", help="add new inputs to a store that is there")
+    of_ingest.add_argument(
+        "--runner", choices=["local", "ray"], default="local", help="read on this machine, or on a running Ray cluster"
+    )
+    of_ingest.add_argument("--workers", type=_positive(int), help="processes that read (one a core)")
+    of_ingest.add_argument("--memory", type=_positive(float), default=4.0, metavar="GIB", help="for each worker (4)")
+    of_ingest.add_argument("--timeout", type=_positive(float), default=600.0, metavar="S", help="for one series (600)")
+    of_ingest.add_argument("--work", type=Path, help="folder for converted images until the store is whole")
+    of_rejects = verb(rejects)
+    of_rejects.add_argument("store", help="folder or TensorStore URL of a store that ingest built")
+    of_rejects.add_argument("dataset", type=Path, help="the description that it was built from")
     of_inspect = verb(inspect)
     of_inspect.add_argument("store", help="folder or TensorStore URL of a store")
+    of_inspect.add_argument("--out", type=Path, metavar="FILE", help="where the page goes (inspect.html in the store)")
     of_inspect.add_argument("--verify", action="store_true", help="compare every file with its checksum")
     of_train = verb(train)
     of_train.add_argument(
@@ -94,16 +212,53 @@ def parser() -> argparse.ArgumentParser:
     of_train.add_argument("--run", type=Path, required=True, help="folder of the run; made if it is not there")
     of_evaluate = verb(evaluate)
     of_evaluate.add_argument("run", type=Path, help="folder of a run")
-    verb(schema)
+    of_plan = verb(plan)
+    of_plan.add_argument(
+        "config", type=Path, help="experiment in YAML; any of its fields can be set as --field.name VALUE"
+    )
+    of_plan.add_argument("--topology", help="chips of one slice, such as v5e:16x16, v5p:4x4x4, v6e:16x16")
+    of_plan.add_argument("--slices", type=int, default=1, help="slices, joined by the network; mesh.data crosses them")
+    of_plan.add_argument("--price", type=float, help="USD of one chip for an hour, to price the run")
+    of_plan.add_argument("--store", action="store_true", help="read shapes from the store instead of assuming them")
+    of_plan.add_argument("--sweep", action="store_true", help="try remat, batch sizes and meshes; the best as a table")
+    of_plan.add_argument("--sweep-limit", type=int, default=12, metavar="N", help="compile at most N of them (12)")
+    of_plan.add_argument("--measure", action="store_true", help="time the step on the devices of this machine")
+    of_plan.add_argument("--json", action="store_true", help="print data instead of tables")
+    of_schema = verb(schema)
+    of_schema.add_argument("of", nargs="?", choices=["experiment", "dataset"], default="experiment")
+    of_bench = verb(bench)
+    of_bench.add_argument(
+        "what", choices=["train", "data"], help="train: forward, backward and update; data: reading training batches"
+    )
+    of_bench.add_argument(
+        "config",
+        nargs="?",
+        help="vit-s, vit-b, vit-l, vit-l-3d, for data ct-96, or an experiment in YAML; any of its fields can be set as "
+        "--field.name VALUE (by default what suits the device: vit-s on the CPU, the others on a GPU; for data ct-96)",
+    )
+    of_bench.add_argument("--rounds", type=_positive(int), default=10, help="turns that each side has (10)")
+    of_bench.add_argument("--json", action="store_true", help="print data instead of tables")
     return top
 
 
+def _positive(kind):
+    def positive(text: str):
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    return positive
+
+
 def main(arguments: list[str] | None = None) -> None:
+    set_flags()
     args, rest = parser().parse_known_args(arguments)
-    if rest and args.verb != "train":
+    takes_fields = args.verb in ("train", "plan", "bench")
+    if rest and not takes_fields:
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        args.function(args, rest) if args.verb == "train" else args.function(args)
+        args.function(args, rest) if takes_fields else args.function(args)
     except UserError as error:
         print(f"mmfm: {error}", file=sys.stderr)
         sys.stderr.flush()

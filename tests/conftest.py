@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+from importlib.util import find_spec
 
 import jax
 import numpy as np
@@ -15,11 +16,18 @@ from mmfm_jax.data.pipeline import Samples, local_batches, make_spec, training_r
 from mmfm_jax.data.store import StudyStore, write_store
 from mmfm_jax.data.study import ColumnSpec, Image, ImageSpec, LabelSpec, Schema, Study
 from mmfm_jax.data.tokenizer import Tokenizer
+from mmfm_jax.parallel.processes import split_cpu
+from mmfm_jax.plan.chips import pod
+from mmfm_jax.plan.environment import compile_without_devices
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the processes that tests start
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300",  # 8 devices on 2 busy cores may wait for each other
+)
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
-jax.config.update("jax_num_cpu_devices", 8)
+split_cpu(8)
 
 settings.register_profile("mmfm", deadline=None)  # the first example of a test pays for compiling
 settings.load_profile("mmfm")
@@ -53,6 +61,21 @@ SMALL = {
 }
 
 
+CAPTION = {"kind": "caption", "field": "report", "decoder": {"width": 16, "depth": 1, "heads": 2}}
+"""One more task, for tests of single steps; runs from end to end compile faster without it."""
+
+SCHEMA = Schema(
+    images={"ct": ImageSpec(dtype="uint8", shape=(4, 8, 8))},
+    texts={"report": "what a reader saw"},
+    columns={
+        "age": ColumnSpec(kind="number", unit="years"),
+        "size_mm": ColumnSpec(kind="number", unit="mm"),
+        "sex": ColumnSpec(kind="category", vocabulary=("female", "male")),
+    },
+    labels={"disease": LabelSpec(classes=("absent", "present"))},
+)
+
+
 def small_studies(n: int) -> list[Study]:
     """Studies in which image, text and table say the same of a disease; any of them may be missing."""
     rng = np.random.default_rng(0)
@@ -74,20 +97,10 @@ def small_studies(n: int) -> list[Study]:
 @pytest.fixture(scope="session")
 def make_small_store(tmp_path_factory):
     """`make_small_store(studies, splits)`: the folder of a store of the small studies of these splits."""
-    schema = Schema(
-        images={"ct": ImageSpec(dtype="uint8", shape=(4, 8, 8))},
-        texts={"report": "what a reader saw"},
-        columns={
-            "age": ColumnSpec(kind="number", unit="years"),
-            "size_mm": ColumnSpec(kind="number", unit="mm"),
-            "sex": ColumnSpec(kind="category", vocabulary=("female", "male")),
-        },
-        labels={"disease": LabelSpec(classes=("absent", "present"))},
-    )
 
     def make(studies: int, splits=("train", "validation", "test")) -> str:
         url = str(tmp_path_factory.mktemp("small") / "store")
-        write_store(url, schema, [study for study in small_studies(studies) if study.split in splits])
+        write_store(url, SCHEMA, [study for study in small_studies(studies) if study.split in splits])
         return url
 
     return make
@@ -128,7 +141,7 @@ class Material:
 
 @pytest.fixture(scope="session")
 def material(make_experiment) -> Material:
-    experiment = make_experiment()
+    experiment = make_experiment({"tasks.caption": CAPTION})
     store = StudyStore.open(experiment.data.store)
     tokenizer = Tokenizer.train(store.texts(store.rows("train")), experiment.data.vocabulary_size)
     spec = make_spec(experiment.inputs, store.schema, store.stats, tokenizer)
@@ -138,3 +151,15 @@ def material(make_experiment) -> Material:
     batch = next(batches)
     batches.close()
     return Material(experiment, samples, spec, batch)
+
+
+@pytest.fixture(scope="session")
+def make_pod():
+    """`make_pod("v5e:2x2")`: its devices; the test is skipped where libtpu is not installed."""
+    if find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed (pip install 'mmfm_jax[tpu]')")
+    before = dict(os.environ)
+    compile_without_devices()
+    yield pod
+    os.environ.clear()
+    os.environ.update(before)

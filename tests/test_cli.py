@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-VERBS = ("sample", "inspect", "train", "evaluate", "schema")
+VERBS = ("sample", "inspect", "train", "evaluate", "plan", "bench", "schema")
 
 
 def test_help_imports_neither_jax_nor_anything_else_that_is_slow():
@@ -41,7 +41,7 @@ def test_the_schema_is_one_an_editor_can_use(capsys):
     schema = json.loads(capsys.readouterr().out)
     assert schema["additionalProperties"] is False
     kinds = schema["properties"]["tasks"]["additionalProperties"]["discriminator"]["mapping"]
-    assert set(kinds) == {"contrastive", "masked", "classification"}
+    assert set(kinds) == {"contrastive", "masked", "classification", "caption"}
 
 
 def test_the_committed_schema_is_current(capsys):
