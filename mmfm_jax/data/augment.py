@@ -7,7 +7,9 @@ own voxels alone; so the result does not depend on how the batch is sharded, and
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +17,75 @@ import numpy as np
 from jaxtyping import Bool, Float, PRNGKeyArray
 
 from mmfm_jax.config import Augment
-from mmfm_jax.data.batch import Array, ImagePart
+from mmfm_jax.data.batch import Array, ImagePart, ImageShape, PackedPart
 
 
-def augment_images(part: ImagePart, config: Augment, rng: PRNGKeyArray) -> ImagePart:
+@dataclass(frozen=True)
+class Strength:
+    """How strongly the studies of a batch are augmented: a number for all, or [batch, 1] where their stores differ."""
+
+    flip: Any
+    shift_mm: Any
+    rotate_degrees: Any
+    intensity: Any
+
+    @classmethod
+    def of(cls, configs: Sequence[Augment], source: Array | None = None) -> Strength:
+        """`source`: which of `configs` is that of each study; without it the first is of all."""
+
+        def each(name: str) -> Any:
+            values = [getattr(config, name) for config in configs]
+            if source is None or len(set(values)) == 1:
+                return values[0]
+            return jnp.asarray(values, jnp.float32)[source][:, None]
+
+        return cls(each("flip"), each("shift_mm"), each("rotate_degrees"), each("intensity"))
+
+
+def _some(strength: Any) -> bool:
+    """Whether anything is to be done, as far as is known when the step is traced."""
+    return not isinstance(strength, (int, float)) or strength > 0
+
+
+def augment_images(part: ImagePart, config: Augment | Strength, rng: PRNGKeyArray) -> ImagePart:
     """Each present volume mirrored, moved, turned and given another contrast and brightness, all at random."""
     flip_rng, shift_rng, angle_rng, contrast_rng, brightness_rng = jax.random.split(rng, 5)
     voxels, studies = part.voxels, len(part.present)
     mirror = jax.random.bernoulli(flip_rng, config.flip, (studies, 3))
-    if config.shift_mm or config.rotate_degrees:
+    if _some(config.shift_mm) or _some(config.rotate_degrees):
         shift_mm = jax.random.uniform(shift_rng, (studies, 3), minval=-1) * config.shift_mm
-        angles = jax.random.uniform(angle_rng, (studies, 3), minval=-1) * np.deg2rad(config.rotate_degrees)
+        angles = jax.random.uniform(angle_rng, (studies, 3), minval=-1) * (config.rotate_degrees * (np.pi / 180))
         # Nothing divides by the zero spacing of absent volumes.
         voxels = move(voxels, jnp.where(part.present[:, None], part.spacing_mm, 1), shift_mm, angles, mirror)
-    elif config.flip:
+    elif _some(config.flip):
         voxels = flip(voxels, mirror)
-    if config.intensity:
-        contrast = 1 + jax.random.uniform(contrast_rng, (studies,), minval=-1) * config.intensity
-        brightness = jax.random.uniform(brightness_rng, (studies,), minval=-1) * config.intensity
+    if _some(config.intensity):
+        intensity = jnp.reshape(config.intensity, -1)
+        contrast = 1 + jax.random.uniform(contrast_rng, (studies,), minval=-1) * intensity
+        brightness = jax.random.uniform(brightness_rng, (studies,), minval=-1) * intensity
         voxels = (voxels - 0.5) * per_voxel(contrast) + 0.5 + per_voxel(brightness)
     return replace(part, voxels=jnp.where(per_voxel(part.present), jnp.clip(voxels, 0, 1), 0))
+
+
+def augment_packed(part: PackedPart, shape: ImageShape, config: Augment | Strength, rng: PRNGKeyArray) -> PackedPart:
+    """Likewise for patches, with the same draws for each study: mirrored, and given another contrast and brightness.
+
+    A mirror image of a crop is that of each patch, at the mirrored place. Nothing that resamples is done.
+    """
+    flip_rng, _, _, contrast_rng, brightness_rng = jax.random.split(rng, 5)
+    patches, centres_mm, studies = part.patches, part.centres_mm, len(part.present)
+    if _some(config.flip):
+        mirror = part.by_token(jax.random.bernoulli(flip_rng, config.flip, (studies, 3)))
+        cut = jnp.asarray(patches).reshape(-1, *shape.patch, shape.channels)
+        patches = flip(cut, mirror.reshape(-1, 3)).reshape(patches.shape)
+        centres_mm = jnp.where(mirror, -centres_mm, centres_mm)
+    if _some(config.intensity):
+        intensity = jnp.reshape(config.intensity, -1)
+        contrast = 1 + jax.random.uniform(contrast_rng, (studies,), minval=-1) * intensity
+        brightness = jax.random.uniform(brightness_rng, (studies,), minval=-1) * intensity
+        contrast, brightness = (part.by_token(x)[..., None] for x in (contrast, brightness))
+        patches = (patches - 0.5) * contrast + 0.5 + brightness
+    return replace(part, patches=jnp.where(part.valid[..., None], jnp.clip(patches, 0, 1), 0), centres_mm=centres_mm)
 
 
 def flip(

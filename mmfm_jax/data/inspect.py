@@ -23,6 +23,7 @@ def summary(store: StudyStore) -> RenderableType:
     if file.description:
         parts.append(Text(f"\n{file.description}"))
     tables = [_splits(store), _images(store), _texts(store), _numbers(store), _categories(store), _labels(store)]
+    tables.append(_masks(store))
     return Group(*parts, *(table for table in tables if table.row_count))
 
 
@@ -37,7 +38,11 @@ def _table(title: str, *columns: str) -> Table:
 def _splits(store: StudyStore) -> Table:
     parts = [
         f"{kind} {name}"
-        for kind, held in (("image", store.schema.images), ("text", store.schema.texts))
+        for kind, held in (
+            ("image", store.schema.images),
+            ("text", store.schema.texts),
+            ("mask", store.schema.masks),
+        )
         for name in held
     ]
     table = _table("Splits", "split", "patients", "studies", *parts)
@@ -45,6 +50,7 @@ def _splits(store: StudyStore) -> Table:
         held = [
             *(counts.images.get(r, 0) for r in store.schema.images),
             *(counts.texts.get(t, 0) for t in store.schema.texts),
+            *(counts.masks.get(m, 0) for m in store.schema.masks),
         ]
         table.add_row(split, *(f"{n:,}" for n in (counts.patients, counts.studies, *held)))
     return table
@@ -93,6 +99,16 @@ def _labels(store: StudyStore) -> Table:
             table.add_row(name, value, *(f"{n:,}" for n in held))
         left = [c.studies - sum(c.labels.get(name, {}).values()) for c in store.counts.values()]
         table.add_row("", "unlabelled", *(f"{n:,}" for n in left))
+    return table
+
+
+def _masks(store: StudyStore) -> Table:
+    table = _table("Masks", "mask", "image", "class", "volumes with it", "voxels, mean of those")
+    for name, spec in store.schema.masks.items():
+        stats = store.stats.masks[name]
+        for value in spec.classes:
+            mean = stats.voxels[value] / max(1, stats.volumes[value])
+            table.add_row(name, spec.image, value, f"{stats.volumes[value]:,} of {stats.masks:,}", f"{mean:,.0f}")
     return table
 
 

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import tensorstore as ts
 
 from mmfm_jax.data.format import GROUP_STUDIES, PART_STUDIES
+from mmfm_jax.data.masks import MaskSummary
 from mmfm_jax.data.study import Schema, Study
 from mmfm_jax.errors import UserError
 
@@ -34,11 +35,12 @@ def arrow_schema(schema: Schema) -> pa.Schema:
     for name, column in schema.columns.items():
         fields.append(pa.field(f"column/{name}", pa.float64() if column.kind == "number" else pa.string()))
     fields += [pa.field(f"label/{name}", pa.string()) for name in schema.labels]
+    fields += [pa.field(f"mask/{name}/voxels", pa.list_(pa.int64())) for name in schema.masks]
     return pa.schema(fields)
 
 
-def encode(study: Study, schema: Schema, checksums: dict[str, str]) -> dict:
-    """One row of `studies.parquet`; `checksums` are of the study's volumes by role."""
+def encode(study: Study, schema: Schema, checksums: dict[str, str], masks: dict[str, MaskSummary]) -> dict:
+    """One row of `studies.parquet`; `checksums` are of the study's volumes by role, `masks` of its masks."""
     row: dict = {"patient": study.patient, "split": study.split}
     for role, image in study.images.items():
         row[f"image/{role}/spacing_mm"] = [float(s) for s in image.spacing_mm]
@@ -48,6 +50,7 @@ def encode(study: Study, schema: Schema, checksums: dict[str, str]) -> dict:
     row |= {f"text/{name}": list(texts) for name, texts in study.texts.items() if texts}
     row |= {f"column/{name}": value for name, value in study.row.items()}
     row |= {f"label/{name}": schema.labels[name].classes[value] for name, value in study.labels.items()}
+    row |= {f"mask/{name}/voxels": mask.voxels.tolist() for name, mask in masks.items()}
     return row
 
 
@@ -67,7 +70,7 @@ class StudyRows:
     def __init__(self, kvstore: ts.KvStore, url: str):
         self._kvstore, self._url = kvstore, url
         self._footer = functools.lru_cache(_CACHED_FOOTERS)(self._read_footer)
-        self._group = functools.lru_cache(_CACHED_GROUPS)(self._read_group)
+        self._group = functools.lru_cache(_CACHED_GROUPS)(self.read_group)
 
     def get(self, row: int, columns: list[str]) -> dict:
         """Values of `columns` at a row; missing ones are None."""
@@ -93,7 +96,8 @@ class StudyRows:
         except (pa.ArrowException, OSError) as error:
             raise self._damaged(name) from error
 
-    def _read_group(self, part: int, group: int) -> pa.RecordBatch:
+    def read_group(self, part: int, group: int) -> pa.RecordBatch:
+        """Every column of one row group, not kept."""
         name = part_name("studies", part)
         footer = self._footer(part)
         chunks = [footer.row_group(group).column(i) for i in range(footer.num_columns)]

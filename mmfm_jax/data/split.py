@@ -23,7 +23,7 @@ def split_of(patient_id: str, key: str, fractions: Mapping[str, float] = FRACTIO
     """
     if not fractions or min(fractions.values()) < 0 or not isclose(sum(fractions.values()), 1, abs_tol=1e-9):
         raise UserError(f"split fractions {dict(fractions)} are not shares of 1; make them sum to 1")
-    draw = int.from_bytes(_digest(patient_id, key, "split")[:8], "big") / 2**64  # uniform in [0, 1)
+    draw = int.from_bytes(digest(patient_id, key, "split")[:8], "big") / 2**64  # uniform in [0, 1)
     reached = 0.0
     for name, share in fractions.items():
         reached += share
@@ -34,15 +34,27 @@ def split_of(patient_id: str, key: str, fractions: Mapping[str, float] = FRACTIO
 
 def pseudonym(patient_id: str, key: str) -> str:
     """32 hex digits that stand for a patient."""
-    return _digest(patient_id, key, "patient").hex()[:32]
+    return digest(patient_id, key, "patient").hex()[:32]
+
+
+def in_share(patient: str, share: float) -> bool:
+    """Whether a patient is of the `share` (0 to 1) of all patients; who is of a share is of every larger one.
+
+    By a hash of the pseudonym, so it stays when others are added.
+    """
+    return int.from_bytes(digest(patient, "mmfm", "share")[:8], "big") / 2**64 < share
 
 
 def fingerprint(key: str) -> str:
     """16 hex digits by which two stores can be seen to share a key."""
-    return _digest("", key, "fingerprint").hex()[:16]
+    return digest("", key, "fingerprint").hex()[:16]
 
 
-def _digest(text: str, key: str, context: str) -> bytes:
+def digest(text: str, key: str, context: str) -> bytes:
+    """HMAC-SHA256 of a text under a key; hashes of different contexts cannot be matched to each other.
+
+    Raises UserError when the key is empty.
+    """
     if not key:
         raise UserError("the split key is empty; give any text, and keep it secret where patients must stay unknown")
     return hmac.digest(key.encode(), f"{context}\0{text}".encode(), "sha256")

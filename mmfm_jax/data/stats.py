@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from math import sqrt
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from mmfm_jax.data.foreground import otsu
+from mmfm_jax.data.masks import MaskSummary
 from mmfm_jax.data.study import Image, Schema, Study
 
 PERCENTILES = (0.0, 0.5, 1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0, 99.5, 100.0)
@@ -50,6 +53,19 @@ class ImageRole(_Frozen):
     """z y x."""
     shape_median: tuple[float, float, float]
     """Voxels z y x."""
+    spacing_mm_min: tuple[float, float, float] | None = None
+    """The finest along each of z y x, of all volumes."""
+    foreground_above: float | None = None
+    """Intensity that parts the same voxels best in two (Otsu's threshold)."""
+
+
+class MaskVoxels(_Frozen):
+    """By class name, background left out."""
+
+    masks: int
+    volumes: dict[str, int]
+    """Masks that hold a voxel of the class."""
+    voxels: dict[str, int]
 
 
 class Stats(_Frozen):
@@ -59,6 +75,7 @@ class Stats(_Frozen):
     categories: dict[str, CategoryColumn]
     texts: dict[str, TextField]
     images: dict[str, ImageRole]
+    masks: dict[str, MaskVoxels] = {}
 
 
 class StatsBuilder:
@@ -74,8 +91,10 @@ class StatsBuilder:
         }
         self._texts = {name: _Words() for name in schema.texts}
         self._images = {role: _Intensities() for role in schema.images}
+        self._masks = {name: _Classes(spec.classes) for name, spec in schema.masks.items()}
 
-    def add(self, study: Study) -> None:
+    def add(self, study: Study, masks: Mapping[str, MaskSummary] | None = None) -> None:
+        """`masks`: summaries of the study's masks."""
         self._studies += 1
         for name, moments in self._numbers.items():
             if name in study.row:
@@ -89,6 +108,8 @@ class StatsBuilder:
         for role, intensities in self._images.items():
             if role in study.images:
                 intensities.add(study.images[role])
+        for name, mask in (masks or {}).items():
+            self._masks[name].add(mask.voxels)
 
     def build(self) -> Stats:
         n = self._studies
@@ -100,6 +121,7 @@ class StatsBuilder:
             categories=categories,
             texts={name: words.build() for name, words in self._texts.items()},
             images={role: intensities.build() for role, intensities in self._images.items()},
+            masks={name: classes.build() for name, classes in self._masks.items()},
         )
 
 
@@ -139,6 +161,21 @@ class _Words:
         return TextField(studies=self.studies, texts=self.texts, words_mean=mean, words_max=self.longest)
 
 
+class _Classes:
+    def __init__(self, names: tuple[str, ...]):
+        self.names, self.masks = names, 0
+        self.volumes, self.voxels = (np.zeros(len(names), np.int64) for _ in range(2))
+
+    def add(self, voxels: np.ndarray) -> None:
+        self.masks += 1
+        self.volumes += voxels > 0
+        self.voxels += voxels
+
+    def build(self) -> MaskVoxels:
+        volumes, voxels = (dict(zip(self.names, held.tolist())) for held in (self.volumes, self.voxels))
+        return MaskVoxels(masks=self.masks, volumes=volumes, voxels=voxels)
+
+
 class _Intensities:
     """An even sample of volumes: every `stride`-th, where the stride doubles whenever the sample is full."""
 
@@ -146,6 +183,7 @@ class _Intensities:
         self.volumes, self.stride = 0, 1
         self.voxels: list[np.ndarray] = []
         self.geometry: list[tuple[float, ...]] = []
+        self.finest: tuple[float, float, float] | None = None
 
     def add(self, image: Image) -> None:
         if self.volumes % self.stride == 0:
@@ -157,16 +195,20 @@ class _Intensities:
                 at = np.linspace(0, flat.size - 1, min(flat.size, _SAMPLED_VOXELS)).astype(np.int64)
                 self.voxels.append(flat[at])
                 self.geometry.append((*image.spacing_mm, *image.voxels.shape[:3]))
+        z, y, x = map(min, image.spacing_mm, self.finest or image.spacing_mm)
+        self.finest = z, y, x
         self.volumes += 1
 
     def build(self) -> ImageRole:
         if not self.voxels:
             return ImageRole(volumes=0, percentiles={}, spacing_mm_median=(1, 1, 1), shape_median=(0, 0, 0))
-        values = np.percentile(np.concatenate(self.voxels).astype(np.float64), PERCENTILES)
+        flat = np.concatenate(self.voxels).astype(np.float64)
         z, y, x, *shape = (float(v) for v in np.median(np.asarray(self.geometry), axis=0))
         return ImageRole(
             volumes=self.volumes,
-            percentiles={f"{p:g}": float(v) for p, v in zip(PERCENTILES, values)},
+            percentiles={f"{p:g}": float(v) for p, v in zip(PERCENTILES, np.percentile(flat, PERCENTILES))},
             spacing_mm_median=(z, y, x),
             shape_median=(shape[0], shape[1], shape[2]),
+            spacing_mm_min=self.finest,
+            foreground_above=otsu(flat),
         )

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow as pa
 import tensorstore as ts
 from pydantic import ValidationError
 
+from mmfm_jax.config import ImageInput
+from mmfm_jax.data.foreground import places
 from mmfm_jax.data.format import (
+    CACHE_BYTES,
+    GROUP_STUDIES,
     PART_STUDIES,
     SplitCounts,
     StoreFile,
     array_spec,
     context,
+    mask_image,
     open_kvstore,
     read_store_file,
 )
+from mmfm_jax.data.masks import POSITIONS
 from mmfm_jax.data.rows import StudyRows
+from mmfm_jax.data.split import in_share
 from mmfm_jax.data.stats import Stats
-from mmfm_jax.data.study import Schema
+from mmfm_jax.data.study import ImageSpec, Schema
 from mmfm_jax.data.writer import checksum_under, write_store
 from mmfm_jax.errors import UserError
 
@@ -38,22 +46,33 @@ TableRow = tuple[dict[str, tuple[str, ...]], dict[str, float | str], dict[str, i
 class StudyStore:
     """Studies by row number. Safe to use from many threads; pickles as its URL.
 
-    Memory: 128 MiB of chunks and shard indices a process (resident about three times that, for the allocator keeps
-    room between them), some 33,000 rows of text and table, one byte a study for the splits; none of it grows with the
-    volumes.
+    Memory: `cache_bytes` of chunks and shard indices a process, some 33,000 rows of text and table, one byte a study
+    for the splits; none of it grows with the volumes.
     """
 
-    def __init__(self, url: str, kvstore: ts.KvStore, file: StoreFile, stats: Stats):
-        self.url, self.file, self.stats = url, file, stats
+    def __init__(
+        self,
+        url: str,
+        kvstore: ts.KvStore,
+        file: StoreFile,
+        stats: Stats,
+        train_share: float = 1.0,
+        cache_bytes: int = CACHE_BYTES,
+    ):
+        self.cache_bytes = cache_bytes
+        self.url, self.file, self.stats, self.train_share = url, file, stats, train_share
         self._kvstore = kvstore
         self._rows = StudyRows(kvstore, url)
-        self._volume = functools.lru_cache(_OPEN_VOLUMES)(self._open_array)
+        self._array = functools.lru_cache(_OPEN_VOLUMES)(self._open_array)
 
     @classmethod
-    def open(cls, url: str) -> StudyStore:
-        """Raises UserError when there is no store at `url`, or it is of a newer format or damaged."""
+    def open(cls, url: str, train_share: float = 1.0, cache_bytes: int = CACHE_BYTES) -> StudyStore:
+        """`train_share`: of the training patients, by hash; the others are left out of `rows("train")`.
+        `cache_bytes`: of chunks and shard indices, for all stores of the process that are opened with the same number.
+
+        Raises UserError when there is no store at `url`, or it is of a newer format or damaged."""
         url = str(url)
-        kvstore = open_kvstore(url)
+        kvstore = open_kvstore(url, cache_bytes)
         file = read_store_file(kvstore, url)
         if file is None:
             raise UserError(
@@ -65,10 +84,10 @@ class StudyStore:
             raise UserError(
                 f"{url}/stats.json: is missing or damaged; copy the store again or build it again"
             ) from error
-        return cls(url, kvstore, file, stats)
+        return cls(url, kvstore, file, stats, train_share, cache_bytes)
 
     def __reduce__(self):
-        return StudyStore.open, (self.url,)
+        return StudyStore.open, (self.url, self.train_share, self.cache_bytes)
 
     def __len__(self) -> int:
         return sum(counts.studies for counts in self.counts.values())
@@ -90,7 +109,21 @@ class StudyStore:
         if split not in names:
             held = ", ".join(f"{name} ({counts.patients})" for name, counts in self.counts.items())
             raise UserError(f"{self.url}: the split {split} has no patients; the store has the splits {held}")
+        if split == "train" and self.train_share < 1:
+            return self._shared_rows
         return np.flatnonzero(self._split_codes == names.index(split)).astype(np.int64)
+
+    @functools.cached_property
+    def _shared_rows(self) -> np.ndarray:
+        """Training rows of the patients in `train_share`."""
+        rows = np.flatnonzero(self._split_codes == list(self.counts).index("train")).astype(np.int64)
+        kept = rows[[in_share(patient, self.train_share) for patient in self.patients(rows)]]
+        if not len(kept):
+            raise UserError(
+                f"data.train_share: {self.train_share} leaves none of the {self.counts['train'].patients} training "
+                f"patients of {self.url}; make it larger"
+            )
+        return kept
 
     def patients(self, rows: np.ndarray) -> np.ndarray:
         """Keyed patient hash of each row, str [rows]."""
@@ -101,6 +134,12 @@ class StudyStore:
             column = self._rows.whole_part("index", int(part), ["patient"]).column("patient")
             out[here] = column.take(rows[here] % PART_STUDIES).to_numpy(zero_copy_only=False)
         return out.astype(str)
+
+    def index(self) -> pa.Table:
+        """Patient (keyed hash) and split of every study."""
+        with ThreadPoolExecutor(_INDEX_READERS) as pool:
+            read = functools.partial(self._rows.whole_part, "index", columns=["patient", "split"])
+            return pa.concat_tables(pool.map(read, range(self._parts)))
 
     @functools.cached_property
     def _split_codes(self) -> np.ndarray:
@@ -140,6 +179,13 @@ class StudyStore:
             for held in self._rows.get(self._checked(row), names).values():
                 yield from held or ()
 
+    def row_groups(self, most: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """(first row, all columns of `rows.arrow_schema`) of at most `most` groups of 256 studies, spread evenly."""
+        groups = -(-len(self) // GROUP_STUDIES)
+        for group in np.unique(np.linspace(0, groups - 1, min(most, groups)).round().astype(int)).tolist():
+            first = group * GROUP_STUDIES
+            yield first, self._rows.read_group(first // PART_STUDIES, first % PART_STUDIES // GROUP_STUDIES)
+
     @functools.cached_property
     def _columns(self) -> tuple[dict[str, str], dict[str, str], dict[str, tuple[str, dict[str, int]]]]:
         """Parquet columns of texts, table and labels, each with the name it has in the schema."""
@@ -171,34 +217,148 @@ class StudyStore:
         Reads only the chunks that the box touches. Raises UserError when the study lacks the role or a chunk is
         missing, cut short or corrupt.
         """
+        spec = self.schema.images[role]
+        out = np.empty((*size, spec.channels), spec.dtype)
+        self.begin_crop(out, role, row, start, fill)()
+        return out
+
+    def begin_crop(self, out: np.ndarray, role: str, row: int, start: Extent, fill: float = 0) -> Callable[[], None]:
+        """Begins to read a `crop` into `out` [z, y, x, channel]; what is returned waits for it and raises its errors.
+
+        `out` may be a study's place in a batch, so no voxel is copied twice, and a thread can begin many reads.
+        """
         info = self.volume_info(role, row)
         if info is None:
             raise UserError(f"{self.url}: study {row} has no image {role}")
-        spec = self.schema.images[role]
+        spec, path = self.schema.images[role], f"{self._group(role, row)}/0"
+        return self._begin(out, spec, path, row, info[0], start, fill)
+
+    def _group(self, role: str, row: int) -> str:
+        """The group of arrays that holds an image of a study, and its masks."""
+        return f"volumes/{role}" if self.schema.images[role].shape else f"volumes/{role}/{row:08d}"
+
+    def _begin(
+        self, out: np.ndarray, spec: ImageSpec, path: str, row: int, shape: Extent, start: Extent, fill: float
+    ) -> Callable[[], None]:
+        """Begins to read the box at `start` of a study's volume of `shape` in the array at `path`."""
+        size = out.shape[:3]
+        low = np.clip(start, 0, shape)
+        high = np.clip(np.add(start, size), low, shape)
+        if (high - low != size).any():
+            out[...] = fill
+        if (high == low).any():
+            return _done
+        target = np.moveaxis(out[tuple(slice(int(a - s), int(b - s)) for a, b, s in zip(low, high, start))], -1, 0)
+        try:
+            voxels = self._array(path)[_voxels(spec, row, low, high)]
+            reading = ts.array(target, copy=False, write=True).write(voxels)
+        except ValueError as error:
+            raise self._bad_chunk(path, row, error) from error
+
+        def wait() -> None:
+            try:
+                reading.result()
+            except ValueError as error:
+                raise self._bad_chunk(path, row, error) from error
+
+        return wait
+
+    def inside(self, role: str, row: int, start: Extent, size: Extent) -> ts.TensorStore:
+        """The box [channel, z, y, x] of a volume, clipped to it and not read yet, for who wants TensorStore's own."""
+        info = self.volume_info(role, row)
+        assert info is not None
         low = np.clip(start, 0, info[0])
         high = np.clip(np.add(start, size), low, info[0])
-        first = row * spec.channels if spec.shape else 0
-        box = tuple(slice(int(a), int(b)) for a, b in zip(low, high))
-        key = "0" if spec.shape else f"{row:08d}/0"
-        try:
-            voxels = self._volume(role, key)[(slice(first, first + spec.channels), *box)].read().result()
-        except ValueError as error:
-            raise UserError(
-                f"{self.url}/volumes/{role}/{key}: a chunk of study {row} is missing, cut short or corrupt; "
-                f"copy the store again or build it again ({_first_sentence(error)})"
-            ) from error
-        voxels = np.moveaxis(voxels, 0, -1)
-        if voxels.shape[:3] != tuple(size):
-            out = np.full((*size, spec.channels), fill, spec.dtype)
-            at = tuple(slice(int(a - s), int(b - s)) for a, b, s in zip(low, high, start))
-            out[at] = voxels
-            return out
-        return np.ascontiguousarray(voxels)
+        return self._array(f"{self._group(role, row)}/0")[_voxels(self.schema.images[role], row, low, high)]
 
-    def _open_array(self, role: str, key: str) -> ts.TensorStore:
-        return ts.open(array_spec(self._kvstore, f"volumes/{role}/{key}"), open=True, context=context()).result()
+    def _read(self, path: str, box: tuple[slice | int, ...], row: int) -> np.ndarray:
+        try:
+            return self._array(path)[box].read().result()
+        except ValueError as error:
+            raise self._bad_chunk(path, row, error) from error
+
+    def _bad_chunk(self, path: str, row: int, error: ValueError) -> UserError:
+        return UserError(
+            f"{self.url}/{path}: a chunk of study {row} is missing, cut short or corrupt; copy the store again or "
+            f"build it again ({_first_sentence(error)})"
+        )
+
+    def _open_array(self, path: str) -> ts.TensorStore:
+        return ts.open(array_spec(self._kvstore, path), open=True, context=context(self.cache_bytes)).result()
+
+    # ------------------------------------------------------------ masks
+
+    def mask_voxels(self, name: str, row: int) -> np.ndarray | None:
+        """How many voxels of each class a mask holds, int64 [class], or None when the study lacks the mask."""
+        (held,) = self._rows.get(self._checked(row), [f"mask/{name}/voxels"]).values()
+        return None if held is None else np.asarray(held, np.int64)
+
+    def mask_crop(self, name: str, row: int, start: Extent, size: Extent) -> np.ndarray:
+        """A mask in the box at `start` of its image, uint8 [z, y, x]: 0, or 1 + index into the classes; 0 outside.
+
+        Reads only the chunks that the box touches, as `crop` does. Raises UserError when the study lacks the mask or a
+        chunk is missing, cut short or corrupt.
+        """
+        mask = self.schema.masks[name]
+        info = None if self.mask_voxels(name, row) is None else self.volume_info(mask.image, row)
+        if info is None:
+            raise UserError(f"{self.url}: study {row} has no mask {name}")
+        spec = mask_image(mask, self.schema.images[mask.image])
+        path = f"{self._group(mask.image, row)}/labels/{name}/0"
+        out = np.empty((*size, 1), np.uint8)
+        self._begin(out, spec, path, row, info[0], start, 0)()
+        return out[..., 0]
+
+    def mask_positions(self, name: str, row: int, index: int) -> np.ndarray:
+        """Places of voxels of class `index`, int32 [n, 3] as z y x in raster order; n is at most `masks.POSITIONS`.
+
+        They were drawn at random when the store was written, all of them where there are few, and none when the study
+        lacks mask or class. One chunk of some kilobytes is read.
+        Raises UserError when it is missing, cut short or corrupt.
+        """
+        voxels = self.mask_voxels(name, row)
+        if voxels is None or not voxels[index]:
+            return np.zeros((0, 3), np.int32)
+        held = slice(0, min(POSITIONS, int(voxels[index])))
+        return self._read(f"positions/{name}", (row * len(voxels) + index, held), row)
+
+    # ------------------------------------------------------------ foreground
+
+    def foreground(self, role: str, row: int, above: float | None = None) -> np.ndarray:
+        """Sampled places of an image that are brighter than `above` (by default the fingerprint's threshold).
+
+        int64 [n, 3] as z y x, n at most `foreground.SAMPLED`; none when the study lacks the image. One chunk of some
+        kilobytes is read. Raises UserError when it is missing, cut short or corrupt.
+        """
+        info, threshold = self.volume_info(role, row), self.stats.images[role].foreground_above
+        if info is None:
+            return np.zeros((0, 3), np.int64)
+        limit = threshold if above is None else above
+        assert limit is not None  # `foreground.check` was asked first
+        return places(info[0])[self._read(f"intensities/{role}", (row,), row) > limit]
+
+    def without_intensities(self, role: str) -> str | None:
+        """The URL of the store when it was written without what `foreground` reads."""
+        return None if f"intensities/{role}/zarr.json" in self.file.files else self.url
+
+    def image_inputs(self, role: str, image: ImageInput) -> list[ImageInput]:
+        """How images of a role enter the model: in one way here, in one for each store of a mix."""
+        return [image]
+
+    def windows(self, images: Mapping[str, ImageInput]) -> dict[str, tuple[tuple[float, float], ...]]:
+        """Windows of one store do not differ; those of a mix may."""
+        return {}
 
     # ------------------------------------------------------------ the whole
+
+    def beside(self, name: str) -> bytes | None:
+        """A file that whoever built the store put beside its studies; None when there is none of that name."""
+        if name not in self.file.files:
+            return None
+        found = self._kvstore.read(name).result()
+        if found.state == "missing":
+            raise UserError(f"{self.url}/{name}: is missing from the store; copy the store again or build it again")
+        return found.value
 
     def verify(self) -> None:
         """Reads every file and compares checksums. Raises UserError that names the first bad file."""
@@ -219,6 +379,16 @@ class StudyStore:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a store of {len(self)} studies")
         return int(row)
+
+
+def _voxels(spec: ImageSpec, row: int, low: np.ndarray, high: np.ndarray) -> tuple[slice, ...]:
+    """Of a study's volume in its array [channel, z, y, x], or in that of all studies [study * channel, z, y, x]."""
+    first = row * spec.channels if spec.shape else 0
+    return slice(first, first + spec.channels), *(slice(int(a), int(b)) for a, b in zip(low, high))
+
+
+def _done() -> None:
+    """Of a read of nothing."""
 
 
 def _first_sentence(error: Exception) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Declared(BaseModel):
@@ -39,6 +39,15 @@ class LabelSpec(_Declared):
     description: str = ""
 
 
+class MaskSpec(_Declared):
+    """A segmentation of an image role: uint8 voxels on the image's own grid; 0 is background."""
+
+    image: str
+    classes: Annotated[tuple[str, ...], Field(min_length=1, max_length=255)]
+    """Names of the values 1, 2, ... Structures that overlap are masks of their own."""
+    description: str = ""
+
+
 class Schema(_Declared):
     """Everything that studies of a store may hold; nothing else enters it."""
 
@@ -47,6 +56,18 @@ class Schema(_Declared):
     """Text fields with their descriptions."""
     columns: dict[str, ColumnSpec] = {}
     labels: dict[str, LabelSpec] = {}
+    masks: dict[str, MaskSpec] = {}
+
+    @model_validator(mode="after")
+    def _masks_have_images(self):
+        for name, mask in self.masks.items():
+            if mask.image not in self.images:
+                raise ValueError(f"masks.{name}: there is no image role {mask.image}")
+        return self
+
+    def masks_of(self, role: str) -> dict[str, MaskSpec]:
+        """Masks of an image role."""
+        return {name: mask for name, mask in self.masks.items() if mask.image == role}
 
 
 @dataclass(frozen=True)
@@ -73,3 +94,5 @@ class Study:
     """Numbers in their column's unit, categories by name; a missing value has no key."""
     labels: dict[str, int] = field(default_factory=dict)
     """Index into the label's classes."""
+    masks: dict[str, np.ndarray] = field(default_factory=dict)
+    """uint8 [z, y, x] on the grid of the mask's image, which must be there: 0, or 1 + index into the classes."""

@@ -17,7 +17,7 @@ def test_groups_are_ome_ngff_0_5(store, studies):
     """The rules of https://ngff.openmicroscopy.org/0.5/ for multiscales, by hand."""
     volumes = Path(store.url) / "volumes"
     row = next(i for i, s in enumerate(studies) if "ct" in s.images)
-    for group in (volumes / "nodule", volumes / "photo", volumes / f"ct/{row:08d}"):
+    for group in (volumes / "nodule", volumes / "photo", volumes / f"ct/{row:08d}", *volumes.glob("**/labels/*/")):
         metadata = json.loads((group / "zarr.json").read_text())
         assert (metadata["zarr_format"], metadata["node_type"]) == (3, "group")
         assert metadata["attributes"]["ome"]["version"] == "0.5"
@@ -32,6 +32,18 @@ def test_groups_are_ome_ngff_0_5(store, studies):
         if group.parent.name == "ct":
             assert scale["scale"] == [1.0, *studies[row].images["ct"].spacing_mm]
             assert {axis["unit"] for axis in multiscale["axes"][1:]} == {"millimeter"}
+    for group in volumes.glob("**/labels"):
+        names = json.loads((group / "zarr.json").read_text())["attributes"]["ome"]["labels"]
+        assert sorted(names) == sorted(child.name for child in group.iterdir() if child.is_dir())
+        for name in names:
+            ome = json.loads((group / name / "zarr.json").read_text())["attributes"]["ome"]
+            named = {one["label-value"]: one["name"] for one in ome["image-label"]["properties"]}
+            assert tuple(named.values()) == store.schema.masks[name].classes and list(named) == [
+                *range(1, len(named) + 1)
+            ]
+            assert (group / name / ome["image-label"]["source"]["image"]).resolve() == group.parent
+            theirs = json.loads((group.parent / "zarr.json").read_text())["attributes"]["ome"]["multiscales"][0]
+            assert ome["multiscales"][0]["datasets"] == theirs["datasets"]
     plain = json.loads((volumes / "ct/zarr.json").read_text())
     assert plain["node_type"] == "group" and "attributes" not in plain
 

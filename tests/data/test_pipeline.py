@@ -1,9 +1,11 @@
 """The global batch is a function of (data config, seed, step) alone, and studies enter it as the configuration says."""
 
+import gc
 import itertools
 import threading
 import time
 import uuid
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -141,7 +143,7 @@ def test_a_process_may_share_rows_with_another(samples):
 def test_every_study_comes_once_an_epoch_in_another_order_each_time(samples):
     rows = samples.store.rows("train")
     dataset: Any = training_rows(samples, "train", 0)
-    epochs = [[int(dataset[e * len(rows) + i].study) for i in range(len(rows))] for e in range(4)]
+    epochs = [[int(dataset[e * len(rows) + i].rest.study) for i in range(len(rows))] for e in range(4)]
     assert all(sorted(epoch) == rows.tolist() for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert epochs[0] != rows.tolist()
@@ -150,7 +152,7 @@ def test_every_study_comes_once_an_epoch_in_another_order_each_time(samples):
 def test_a_study_is_drawn_anew_each_epoch(samples):
     n = len(samples.store.rows("train"))
     dataset: Any = training_rows(samples, "train", 0)
-    seen = [{int(sample.study): sample for sample in (dataset[e * n + i] for i in range(n))} for e in range(2)]
+    seen = [{int(sample.study): sample for sample in (dataset[e * n + i].read() for i in range(n))} for e in range(2)]
     different = [row for row in seen[0] if batch_checksum(seen[0][row]) != batch_checksum(seen[1][row])]
     assert len(different) > n / 2
 
@@ -159,13 +161,13 @@ def test_neighbouring_seeds_share_no_epochs(samples):
     """grain shuffles epoch e with (seed + e), so seeds taken as they are would repeat each other one epoch apart."""
     n = len(samples.store.rows("train"))
     datasets: Any = [training_rows(samples, "train", seed) for seed in range(3)]
-    orders = [tuple(int(dataset[e * n + i].study) for i in range(n)) for dataset in datasets for e in range(3)]
+    orders = [tuple(int(dataset[e * n + i].rest.study) for i in range(n)) for dataset in datasets for e in range(3)]
     assert len(set(orders)) == len(orders)
 
 
 def test_the_order_of_a_huge_split_is_never_in_memory():
     class Huge:
-        """Ten million rows; a sample is its row."""
+        """Ten million rows; what is drawn is the row and a number."""
 
         class store:
             @staticmethod
@@ -173,7 +175,7 @@ def test_the_order_of_a_huge_split_is_never_in_memory():
                 return np.arange(10_000_000)
 
         @staticmethod
-        def read(row, rng):
+        def draw(row, rng):
             return np.array([row, rng.integers(2**60)])
 
     huge: Any = Huge
@@ -331,14 +333,14 @@ def test_a_split_without_patients_is_refused_before_anything_is_read(samples):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_what_a_reader_raises_reaches_the_consumer_unchanged_and_stops_the_threads(samples, monkeypatch, training):
-    error, read, bad = UserError("store/volumes/ct: cut short"), samples.read, samples.store.rows("train")[10]
+    error, read, bad = UserError("store/volumes/ct: cut short"), samples.draw, samples.store.rows("train")[10]
 
     def failing(row, rng):
         if row == bad:
             raise error
         return read(row, rng)
 
-    monkeypatch.setattr(samples, "read", failing)
+    monkeypatch.setattr(samples, "draw", failing)
     rows = np.arange(4)
     if training:
         batches = local_batches(training_rows(samples, "train", 0), 4, rows, 0, 3, 2)
@@ -351,14 +353,14 @@ def test_what_a_reader_raises_reaches_the_consumer_unchanged_and_stops_the_threa
 
 
 def test_closing_stops_the_threads_at_once_and_reads_no_further_than_asked(samples, monkeypatch):
-    begun, read = [], samples.read
+    begun, read = [], samples.draw
 
     def slow(row, rng):
         begun.append(row)
         time.sleep(0.02)
         return read(row, rng)
 
-    monkeypatch.setattr(samples, "read", slow)
+    monkeypatch.setattr(samples, "draw", slow)
     batches = local_batches(training_rows(samples, "train", 0), 4, np.arange(4), 0, 2, 3)
     next(batches)
     time.sleep(0.5)
@@ -369,6 +371,31 @@ def test_closing_stops_the_threads_at_once_and_reads_no_further_than_asked(sampl
     assert_no_reader_threads()
     assert time.perf_counter() - start < 0.5
     assert len(begun) <= 4 + 3 * 4 + 4
+
+
+def test_voxels_in_memory_are_those_of_the_batches_ahead_however_slow_the_consumer(samples, monkeypatch):
+    made: list = []
+    voxels = samples.voxels
+
+    def watched(studies):
+        room = voxels(studies)
+        made.append(weakref.ref(room["ct"]))
+        return room
+
+    monkeypatch.setattr(samples, "voxels", watched)
+    for prefetch in (1, 3):
+        made.clear()
+        batches = local_batches(training_rows(samples, "train", 0), 4, np.arange(4), 0, 4, prefetch)
+        most = 0
+        for _ in range(30):
+            batch = next(batches)
+            time.sleep(0.01)
+            most = max(most, sum(room() is not None for room in made))
+        assert len(made) >= 30 and most <= prefetch + 3  # ahead, put together, handed out, begun
+        batches.close()
+        del batch
+        gc.collect()
+        assert not any(room() is not None for room in made)
 
 
 def assert_no_reader_threads() -> None:

@@ -28,6 +28,17 @@ def test_stats_are_of_the_train_split(store, studies):
     np.testing.assert_allclose(held.spacing_mm_median, np.median([image.spacing_mm for image in images], axis=0))
 
 
+def test_voxels_of_classes_are_those_of_the_train_split(store, studies):
+    train = [s for s in studies if s.split == "train"]
+    for name, spec in store.schema.masks.items():
+        masks = [s.masks[name] for s in train if name in s.masks]
+        held = store.stats.masks[name]
+        assert held.masks == len(masks)
+        for value, label in enumerate(spec.classes, 1):
+            counts = [int((mask == value).sum()) for mask in masks]
+            assert (held.voxels[label], held.volumes[label]) == (sum(counts), sum(n > 0 for n in counts))
+
+
 def test_a_sample_of_many_volumes_is_even_and_bounded(monkeypatch):
     """Volume i holds the value i: the percentiles of an even sample are those of 0 ... n."""
     monkeypatch.setattr(store_stats, "_SAMPLED_VOLUMES", 64)

@@ -1,5 +1,6 @@
 """A store gives back what was written, reads no more than it needs, and says plainly what is wrong with it."""
 
+import dataclasses
 import json
 import pickle
 import uuid
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from mmfm_jax.data import format as store_format
 from mmfm_jax.data import rows as store_rows
 from mmfm_jax.data import writer as store_writer
+from mmfm_jax.data.format import context
 from mmfm_jax.data.store import StudyStore, write_store
-from mmfm_jax.data.study import Image, ImageSpec, Schema, Study
+from mmfm_jax.data.study import Image, ImageSpec, MaskSpec, Schema, Study
 from mmfm_jax.errors import UserError
 
 
@@ -73,6 +75,25 @@ def test_a_crop_is_the_box_of_the_padded_volume(store, studies, start, size):
     np.testing.assert_array_equal(store.crop("ct", row, start, size, fill=-1024), padded[box])
 
 
+@given(start=st.tuples(*[st.integers(-9, 70)] * 3), size=st.tuples(*[st.integers(1, 40)] * 3))
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_crop_of_a_mask_lies_on_that_of_its_image(store, studies, start, size):
+    """Each mask is of its image's voxels, as is a mask of where they are even; out of the image it is background."""
+    for name, spec in store.schema.masks.items():
+        row = next(i for i, s in enumerate(studies) if name in s.masks)
+        box = np.pad(studies[row].masks[name], [(10, 130)] * 3)
+        at = tuple(slice(a + 10, a + 10 + n) for a, n in zip(start, size))
+        crop = store.mask_crop(name, row, start, size)
+        np.testing.assert_array_equal(crop, box[at])
+        assert crop.shape == store.crop(spec.image, row, start, size).shape[:3] and crop.dtype == np.uint8
+
+
+def test_a_mask_that_a_study_lacks(store, studies):
+    row = next(i for i, s in enumerate(studies) if "organs" not in s.masks)
+    with pytest.raises(UserError, match=f"study {row} has no mask organs"):
+        store.mask_crop("organs", row, (0, 0, 0), (1, 1, 1))
+
+
 def test_rows_and_texts_are_in_store_order(store, schema, studies):
     train, test = store.rows("train"), store.rows("test")
     assert train.dtype == np.int64
@@ -81,6 +102,19 @@ def test_rows_and_texts_are_in_store_order(store, schema, studies):
     assert not set(store.patients(train)) & set(store.patients(test))
     expected = [text for row in train for field in schema.texts for text in studies[row].texts.get(field, ())]
     assert list(store.texts(train)) == expected
+
+
+def test_a_share_of_the_training_patients_is_all_of_each_and_nested_and_leaves_other_splits(store, studies):
+    shares = [StudyStore.open(store.url, share) for share in (0.3, 0.7, 1.0)]
+    rows = [set(shared.rows("train").tolist()) for shared in shares]
+    assert rows[0] < rows[1] < rows[2] == set(store.rows("train").tolist())
+    for chosen in rows:
+        patients = {studies[row].patient for row in chosen}
+        assert chosen == {i for i, study in enumerate(studies) if study.split == "train" and study.patient in patients}
+    assert all(shared.rows("test").tolist() == store.rows("test").tolist() for shared in shares)
+    assert pickle.loads(pickle.dumps(shares[0])).rows("train").tolist() == sorted(rows[0])
+    with pytest.raises(UserError, match=r"data\.train_share: 0\.0001 leaves none of the \d+ training patients"):
+        StudyStore.open(store.url, 1e-4).rows("train")
 
 
 # ---------------------------------------------------------------- reads little, holds little
@@ -106,17 +140,39 @@ def test_a_crop_reads_only_the_chunks_it_touches(tmp_path):
     assert 32**3 <= metric("kvstore/file/bytes_read") - before < 2 * 32**3  # of 64 chunks of 32^3, one
 
 
+def test_a_crop_and_positions_of_a_mask_read_only_the_chunks_they_touch(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (128, 128, 128), np.uint8)
+    mask = rng.integers(0, 256, noise.shape, np.uint8) % 255  # which cannot be compressed either
+    names = tuple(f"structure {i}" for i in range(254))
+    schema = Schema(
+        images={"ct": ImageSpec(dtype="uint8", shape=None)}, masks={"parts": MaskSpec(image="ct", classes=names)}
+    )
+    study = Study("p", "train", {"ct": Image(noise[..., None], (1.0, 1.0, 1.0))}, masks={"parts": mask})
+    write_store(str(tmp_path / "store"), schema, [study])
+    store = StudyStore.open(str(tmp_path / "store"))
+    store.mask_voxels("parts", 0)
+    before = metric("kvstore/file/bytes_read")
+    np.testing.assert_array_equal(store.mask_crop("parts", 0, (33, 33, 33), (31, 31, 31)), mask[33:64, 33:64, 33:64])
+    assert 32**3 <= metric("kvstore/file/bytes_read") - before < 2 * 32**3
+    before = metric("kvstore/file/bytes_read")
+    assert len(store.mask_positions("parts", 0, 100)) == 1000
+    assert metric("kvstore/file/bytes_read") - before < 32 * 1024  # of 3 MB: one class, and the index
+
+
 def test_chunks_are_kept_up_to_a_bound(tmp_path):
     def kept() -> int:
         return metric("cache/miss_count") - metric("cache/evict_count")
 
-    volumes = 12  # of 16 MiB, more than the cache of 128 MiB
-    write_volumes(str(tmp_path / "store"), [np.full((256, 256, 256), i, np.uint8) for i in range(volumes)])
-    store = StudyStore.open(str(tmp_path / "store"))
+    volumes, size = 12, 2 * 2**20  # of 1 MiB
+    write_volumes(str(tmp_path / "store"), [np.full((64, 128, 128), i, np.uint8) for i in range(volumes)])
+    store = StudyStore.open(str(tmp_path / "store"), cache_bytes=size)
     before = kept()
     for row in range(volumes):
-        store.crop("ct", row, (0, 0, 0), (256, 256, 256))
-    assert kept() - before <= 128 * 2**20 / 32**3  # chunks of 32^3
+        store.crop("ct", row, (0, 0, 0), (64, 128, 128))
+    assert 0 < kept() - before <= size / 32**3 + 2 * volumes  # chunks of 32^3, and of each volume metadata and an index
+    same = pickle.loads(pickle.dumps(store))
+    assert same.cache_bytes == size and context(size) is context(size) is not context()
 
 
 def test_row_groups_are_kept_up_to_a_bound(tmp_path, schema, studies, monkeypatch):
@@ -166,9 +222,26 @@ def test_a_url_of_no_known_kind():
 
 def test_a_newer_format(store):
     path = Path(store.url) / "store.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2, "unheard_of": []}))
-    with pytest.raises(UserError, match="has format version 2 and this release reads up to 1; upgrade"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 3, "unheard_of": []}))
+    with pytest.raises(UserError, match="has format version 3 and this release reads up to 2; upgrade"):
         StudyStore.open(store.url)
+
+
+def test_a_store_of_version_1_is_read(tmp_path, schema, make_studies):
+    """As they were before there were masks: no word of them anywhere."""
+    plain, studies = schema.model_copy(update={"masks": {}}), make_studies(6)
+    studies = [dataclasses.replace(study, masks={}) for study in studies]
+    write_store(str(tmp_path / "store"), plain, studies)
+    file = json.loads((tmp_path / "store/store.json").read_text()) | {"format_version": 1}
+    stats = json.loads((tmp_path / "store/stats.json").read_text())
+    del file["schema"]["masks"], stats["masks"]
+    for counts in file["counts"].values():
+        del counts["masks"]
+    assert "mask" not in json.dumps([file, stats])
+    (tmp_path / "store/stats.json").write_text(json.dumps(stats))
+    (tmp_path / "store/store.json").write_text(json.dumps(file))
+    store = StudyStore.open(str(tmp_path / "store"))
+    assert [store.table(row) for row in range(6)] == [(s.texts, s.row, s.labels) for s in studies]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format_version": 1}', '{"format_version": "x"}', "\udcff"])
@@ -194,6 +267,28 @@ def damage(path: Path, how: str) -> None:
     else:
         at = len(data) // 3
         path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+
+
+@pytest.mark.parametrize("how", ["missing", "short", "flipped"])
+@pytest.mark.parametrize("name", ["parts", "organs"])
+def test_a_damaged_mask_or_its_positions_is_an_error_too(store, studies, name, how):
+    row = next(i for i, study in enumerate(studies) if name in study.masks and study.masks[name].any())
+    image, shape = store.schema.masks[name].image, studies[row].masks[name].shape
+    key = image if name == "parts" else f"{image}/{row:08d}"
+    damage(next(p for p in Path(store.url).glob(f"volumes/{key}/labels/{name}/0/c/**/0") if p.is_file()), how)
+    with pytest.raises(UserError, match=f"volumes/{key}/labels/{name}/0: a chunk .* is missing, cut short or corrupt"):
+        store.mask_crop(name, row, (0, 0, 0), shape)
+    with pytest.raises(UserError, match=f"volumes/{key}"):
+        store.verify()
+    shard = Path(store.url) / f"positions/{name}/c/0/0/0"
+    damage(shard, how)
+    if how == "flipped":  # in every chunk, for those of studies without the mask are never read
+        half = shard.stat().st_size // 2
+        shard.write_bytes(bytes(b ^ 1 for b in shard.read_bytes()[:half]) + shard.read_bytes()[half:])
+    with pytest.raises(UserError, match=f"positions/{name}: a chunk .* is missing, cut short or corrupt"):
+        for row in range(len(store)):
+            for index in range(len(store.schema.masks[name].classes)):
+                store.mask_positions(name, row, index)
 
 
 @pytest.mark.parametrize("how", ["missing", "short", "flipped"])

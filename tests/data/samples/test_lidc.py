@@ -1,6 +1,7 @@
 """The built-in store holds what the radiologists drew and said, and is there whole or not at all."""
 
 import filecmp
+import json
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import uuid
 from io import StringIO
 from math import pi
 from pathlib import Path
@@ -18,8 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from mmfm_jax.data.refuse import from_parquet
+from mmfm_jax.data.samples import build as build_module
 from mmfm_jax.data.samples import lidc
-from mmfm_jax.data.samples.lidc import SCHEMA, build_lidc, group_readings, read_nodules
+from mmfm_jax.data.samples.lidc import DATASET, build_lidc, group_readings, read_nodules
 from mmfm_jax.data.samples.outline import Outline, region
 from mmfm_jax.data.split import FRACTIONS, pseudonym, split_of
 from mmfm_jax.data.store import StudyStore
@@ -37,10 +41,14 @@ def build(out: Path, key: str = KEY, **options) -> bool:
     return build_lidc(str(out), key, console=Console(file=StringIO()), **options)
 
 
-@pytest.fixture
-def store(tmp_path, from_database) -> StudyStore:
-    assert build(tmp_path / "lidc")
-    return StudyStore.open(str(tmp_path / "lidc"))
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, database) -> StudyStore:
+    out = tmp_path_factory.mktemp("built") / "lidc"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lidc, "find_database", lambda: database)
+        assert build(out)
+    assert [path.name for path in out.parent.iterdir()] == ["lidc"]
+    return StudyStore.open(str(out))
 
 
 def study_with(store: StudyStore, readers: int) -> int:
@@ -66,7 +74,7 @@ def test_the_table_is_measured_and_what_is_unknown_is_missing(store):
     assert known["diameter_mm"] == pytest.approx(16, abs=0.8)
     assert known["volume_mm3"] == pytest.approx(4 / 3 * pi * 8**3, rel=0.05)
     _, unknown, _ = store.table(study_with(store, 2))
-    assert set(SCHEMA.columns) - set(unknown) == {"slice_thickness_mm", "contrast"}
+    assert set(DATASET["columns"]) - set(unknown) == {"slice_thickness_mm", "contrast"}
 
 
 def test_reports_and_labels_are_the_readers(store):
@@ -141,24 +149,57 @@ def test_every_reading_is_in_one_group_of_at_most_four(corners):
 # ---------------------------------------------------------------- building
 
 
-def test_a_second_call_does_nothing_and_other_settings_are_refused(store, tmp_path, monkeypatch):
+def test_a_second_call_does_nothing_and_other_settings_are_refused(store, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in Path(store.url).rglob("*")}
     monkeypatch.setattr(lidc, "find_database", lambda: pytest.fail("the database was read again"))
-    assert not build(tmp_path / "lidc")
+    assert not build(Path(store.url))
     for key, fractions in (("another", FRACTIONS), (KEY, {"train": 0.5, "test": 0.5})):
         with pytest.raises(
             UserError, match="already holds a store with another source, split key, fractions or schema"
         ):
-            build(tmp_path / "lidc", key, fractions=fractions)
-    monkeypatch.setattr(lidc, "SCHEMA", SCHEMA.model_copy(update={"texts": {}}))
+            build(Path(store.url), key, fractions=fractions)
+    monkeypatch.setattr(lidc, "DATASET", DATASET | {"texts": {}})
     with pytest.raises(UserError, match="or schema; give another place or remove it"):
-        build(tmp_path / "lidc")
+        build(Path(store.url))
     store.verify()
+    assert before == {path: path.stat().st_mtime_ns for path in Path(store.url).rglob("*")}
 
 
-def test_the_same_key_makes_the_same_bytes(store, tmp_path):
+def test_the_same_key_makes_the_same_bytes(store, tmp_path, from_database):
     build(tmp_path / "again")
     files = [str(p.relative_to(store.url)) for p in Path(store.url).rglob("*") if p.is_file()]
     assert filecmp.cmpfiles(store.url, tmp_path / "again", files, shallow=False)[1:] == ([], [])
+
+
+def test_it_is_an_ingested_data_set_of_which_nothing_was_refused(store):
+    assert store.file.source["builder"] == "ingest" and from_parquet(store.beside("rejects.parquet") or b"") == []
+    counts = json.loads(store.beside("inputs.json") or b"")
+    assert {name: (held["inputs"], held["refused"]) for name, held in counts.items()} == {
+        "images": (3, 0), "tables.nodules": (3, 0), "tables.reports": (7, 0),
+    }  # fmt: skip
+
+
+def test_what_is_there_already_is_not_touched(tmp_path, from_database):
+    (tmp_path / "lidc").mkdir()
+    (tmp_path / "lidc/thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="already exists and is not empty"):
+        build(tmp_path / "lidc")
+    assert [path.name for path in tmp_path.rglob("*")] == ["lidc", "thesis.tex"]
+
+
+def test_a_sample_of_which_something_is_refused_leaves_nothing(tmp_path, from_database, monkeypatch):
+    monkeypatch.setattr(build_module, "_MEMORY_BYTES", 2**20)  # fewer voxels than a volume has
+    with pytest.raises(UserError, match=r"cannot be built whole: 13 were found, 3 refused for too_large"):
+        build(tmp_path / "lidc")
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_is_built_in_a_bucket_too(store, from_database):
+    url = f"memory://stores/{uuid.uuid4()}"
+    assert build_lidc(url, KEY, console=Console(file=StringIO())) and not build_lidc(url, KEY)
+    there = StudyStore.open(url)
+    there.verify()
+    assert there.file.files == store.file.files
 
 
 def test_the_key_is_nowhere_in_the_store(store):
@@ -186,6 +227,8 @@ def test_a_killed_build_leaves_no_store_and_the_next_one_works(tmp_path, from_da
     script = """
 import sys, time
 from pathlib import Path
+from mmfm_jax.data.refuse import from_parquet
+from mmfm_jax.data.samples import build as build_module
 from mmfm_jax.data.samples import lidc
 lidc.find_database = lambda: Path(sys.argv[2])
 voxels = lidc.Nodule.voxels
@@ -194,7 +237,7 @@ lidc.build_lidc(sys.argv[1], "a key")
 """
     out = tmp_path / "lidc"
     process = subprocess.Popen([sys.executable, "-c", script, str(out), str(database)], stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (tmp_path / ".lidc.partial/volumes").exists():
+    while process.poll() is None and not (tmp_path / ".lidc.source/outlines").exists():
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not out.exists()
@@ -230,7 +273,7 @@ def test_a_store_of_real_scans(tmp_path, monkeypatch):
     store = StudyStore.open(str(tmp_path / "lidc"))
     store.verify()
     table = [store.table(row) for row in range(len(store))]
-    assert all(set(row) == set(SCHEMA.columns) for _, row, _ in table)
+    assert all(set(row) == set(DATASET["columns"]) for _, row, _ in table)
     assert all(2 < float(row["diameter_mm"]) < 70 and len(texts["report"]) == row["readers"] for texts, row, _ in table)
     benign, malignant = (
         [float(row["diameter_mm"]) for _, row, held in table if held.get("malignancy") == i] for i in (0, 1)

@@ -1,0 +1,101 @@
+"""The place of the store: what may be there already, how it is added to, and where converted images wait."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mmfm_jax.data.format import local_folder, open_kvstore, read_store_file
+from mmfm_jax.data.store import StudyStore
+from mmfm_jax.data.study import Schema, Study
+from mmfm_jax.data.writer import write_store
+from mmfm_jax.errors import UserError
+
+
+def already(out: str, source: Mapping[str, str], append: bool) -> StudyStore | None:
+    """The store that is at `out`. Raises UserError when it is of something else, or would be added to unasked."""
+    folder = local_folder(out)
+    if folder is not None:
+        _recover(folder)
+    there = read_store_file(open_kvstore(out), out)
+    if there is None:
+        return None
+    for name in ("builder", "split_key_fingerprint", "described"):
+        if there.source.get(name) != source[name]:
+            words = {
+                "builder": "another source",
+                "split_key_fingerprint": "another key",
+                "described": "another description",
+            }
+            raise UserError(f"{out}: already holds a store made with {words[name]}; give another place or remove it")
+    if there.source["inputs"] != source["inputs"]:
+        if not append:
+            raise UserError(f"{out}: already holds a store of other inputs; add what is new with --append")
+        if folder is None:
+            raise UserError(f"{out}: only a store in a folder can be added to; build the whole at another place")
+    return StudyStore.open(out)
+
+
+def check_old(old: StudyStore, splits: Mapping[str, str], out: str) -> None:
+    """Raises UserError when a patient of the store would be lost or change its split."""
+    lost = moved = 0
+    for split in old.counts:
+        for patient in set(old.patients(old.rows(split)).tolist()):
+            lost += patient not in splits
+            moved += splits.get(patient, split) != split
+    if lost or moved:
+        raise UserError(
+            f"{out}: of its patients {lost} would be lost and {moved} change their split; bring their inputs back, or "
+            "build at another place"
+        )
+
+
+def work_folder(out: str, work: Path | None) -> Path:
+    folder = local_folder(out)
+    if work is None:
+        if folder is None:
+            raise UserError(f"{out}: is not a folder, so name one for converted images with --work")
+        work = folder.with_name(f".{folder.name}.ingest")
+    try:
+        work.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+    return work
+
+
+def write(
+    out: str,
+    old: StudyStore | None,
+    schema: Schema,
+    studies: Iterator[Study],
+    description: str,
+    source: dict[str, str],
+    beside: dict[str, bytes],
+) -> None:
+    """Writes the store; one that is added to is replaced when the new one is whole."""
+    if old is None:
+        write_store(out, schema, studies, description=description, source=source, beside=beside)
+        return
+    folder = local_folder(out)
+    assert folder is not None
+    after, before = _neighbours(folder)
+    write_store(str(after), schema, studies, description=description, source=source, beside=beside)
+    os.rename(folder, before)
+    os.rename(after, folder)
+    shutil.rmtree(before)
+
+
+def _neighbours(folder: Path) -> tuple[Path, Path]:
+    """Where the new store is built, and where the old one waits while they change places."""
+    return folder.with_name(f".{folder.name}.ingest-new"), folder.with_name(f".{folder.name}.ingest-old")
+
+
+def _recover(folder: Path) -> None:
+    """Ends a change of places that was broken off."""
+    after, before = _neighbours(folder)
+    if before.exists() and not folder.exists():
+        os.rename(after if after.exists() else before, folder)
+    for leftover in (after, before):
+        shutil.rmtree(leftover, ignore_errors=True)

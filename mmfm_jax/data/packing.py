@@ -1,0 +1,108 @@
+"""Images of unequal size as rows of patches (NaViT, arXiv:2307.06304), on the host.
+
+An image is cut into patches. Those at its border that hold nothing may be left out, and where the studies of a row have
+more patches than the row has room for, the largest images lose their outermost layers until all fit. A patch that stays
+keeps its content and its place in millimetres, so leaving some out changes nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+from jaxtyping import Shaped
+
+from mmfm_jax.data.batch import ImageShape, PackedPart
+
+Grid = tuple[int, ...]  # patches along z y x
+
+
+def extent(held: Sequence[int], shape: ImageShape) -> tuple[int, int, int]:
+    """Voxels z y x of the crop of a volume of `held` voxels: whole patches, at most `shape.size`."""
+    z, y, x = (min(-(-h // p) * p, s) for h, p, s in zip(held, shape.patch, shape.size))
+    return z, y, x
+
+
+def cut(
+    voxels: Shaped[np.ndarray, "z y x channel"], spacing_mm: Sequence[float], shape: ImageShape, trim: bool
+) -> PackedPart:
+    """One crop as a grid of patches, its arrays [z, y, x, ...] over patches; with `trim` without empty borders."""
+    p, q, r = shape.patch
+    patches = rearrange(voxels, "(z p) (y q) (x r) c -> z y x (p q r c)", p=p, q=q, r=r)
+    index = np.stack(np.meshgrid(*map(np.arange, patches.shape[:3]), indexing="ij"), axis=-1)
+    centres = (index + 0.5) * shape.patch - np.array(voxels.shape[:3]) / 2
+    whole = PackedPart(
+        patches,
+        (centres * np.asarray(spacing_mm)).astype(np.float32),
+        np.ones(patches.shape[:3], np.int32),
+        np.asarray(True),
+    )
+    return _boxed(whole, _filled(np.any(patches > shape.window[0], axis=-1))) if trim else whole
+
+
+def nothing(shape: ImageShape, dtype: str) -> PackedPart:
+    """The grid of an image that is not there: of no patch."""
+    voxels = int(np.prod(shape.patch)) * shape.channels
+    return PackedPart(
+        np.zeros((0, 0, 0, voxels), dtype),
+        np.zeros((0, 0, 0, 3), np.float32),
+        np.zeros((0, 0, 0), np.int32),
+        np.asarray(False),
+    )
+
+
+def fit(grids: Sequence[Grid], tokens: int) -> list[Grid]:
+    """The grids, shrunk until they have at most `tokens` patches together: the largest loses a layer along its longest
+    axis, again and again, so small ones stay whole. Needs a token for each grid."""
+    grids = list(grids)
+    sizes = [int(np.prod(grid)) for grid in grids]
+    while sum(sizes) > tokens:
+        largest = int(np.argmax(sizes))
+        grid = list(grids[largest])
+        grid[int(np.argmax(grid))] -= 1
+        grids[largest] = tuple(grid)
+        sizes[largest] = int(np.prod(grid))
+    return grids
+
+
+def pack(parts: Sequence[PackedPart], studies: int, tokens: int) -> PackedPart:
+    """Grids of patches as rows of `studies` studies and `tokens` tokens; those that do not fit lose their borders."""
+    rows = [_row(parts[i : i + studies], tokens) for i in range(0, len(parts), studies)]
+    patches, centres, segment = (np.stack(arrays) for arrays in zip(*rows))
+    return PackedPart(patches, centres, segment, np.array([bool(part.present) for part in parts]))
+
+
+def volume(part: PackedPart, shape: ImageShape) -> Shaped[np.ndarray, "z y x channel"]:
+    """The voxels of a grid of patches: what `cut` was given, less what it trimmed."""
+    p, q, r = shape.patch
+    return rearrange(np.asarray(part.patches), "z y x (p q r c) -> (z p) (y q) (x r) c", p=p, q=q, r=r)
+
+
+def _row(parts: Sequence[PackedPart], tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    grids = [part.patches.shape[:3] for part in parts]
+    first = np.asarray(parts[0].patches)
+    patches = np.zeros((tokens, first.shape[-1]), first.dtype)
+    centres, segment, at = np.zeros((tokens, 3), np.float32), np.zeros(tokens, np.int32), 0
+    for place, (part, held, grid) in enumerate(zip(parts, grids, fit(grids, tokens)), start=1):
+        box = tuple(slice((h - g) // 2, (h - g) // 2 + g) for h, g in zip(held, grid))
+        kept, end = _boxed(part, box), at + int(np.prod(grid))
+        patches[at:end] = np.asarray(kept.patches).reshape(end - at, first.shape[-1])
+        centres[at:end] = np.asarray(kept.centres_mm).reshape(end - at, 3)
+        segment[at:end] = place
+        at = end
+    return patches, centres, segment
+
+
+def _boxed(part: PackedPart, box: tuple[slice, ...]) -> PackedPart:
+    assert part.segment is not None
+    return PackedPart(part.patches[box], part.centres_mm[box], part.segment[box], part.present)
+
+
+def _filled(full: Any) -> tuple[slice, ...]:
+    """The smallest box that holds every patch marked in `full` [z, y, x]; the middle patch where none is."""
+    if not full.any():
+        return tuple(slice(n // 2, n // 2 + 1) for n in full.shape)
+    along = [np.flatnonzero(full.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    return tuple(slice(int(at[0]), int(at[-1]) + 1) for at in along)
