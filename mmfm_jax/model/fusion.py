@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from mmfm_jax.config import FusionConfig
 from mmfm_jax.data.batch import Array
 from mmfm_jax.model.layers import Linear, Table
+from mmfm_jax.model.tokens import Tokens, join
 from mmfm_jax.model.transformer import Transformer
 
 
@@ -25,16 +27,12 @@ class Fusion(nnx.Module):
         self.latents = Table(config.latents, config.width, rngs)
         self.transformer = Transformer(config, rngs, cross_attention=True)
 
-    def __call__(
-        self,
-        tokens: Mapping[str, Float[Array, "batch token part_width"]],
-        present: Mapping[str, Bool[Array, "batch token"]],
-    ) -> Float[Array, "batch latent width"]:
+    def __call__(self, parts: Mapping[str, Tokens]) -> Float[Array, "batch latent width"]:
+        """The latents of each study, which see that study's tokens alone."""
         projected = [
-            project(tokens[name]) + self.part.all[i].astype(self.dtype)
+            replace(parts[name], x=project(parts[name].x) + self.part.all[i].astype(self.dtype))
             for i, (name, project) in enumerate(zip(self.parts, self.project))
         ]
-        memory = jnp.concatenate(projected, axis=1)
-        memory_present = jnp.concatenate([present[name] for name in self.parts], axis=1)
-        latents = jnp.broadcast_to(self.latents.all, (len(memory), *self.latents.all.shape)).astype(self.dtype)
-        return self.transformer(latents, memory=memory, memory_present=memory_present)
+        memory, own = join(projected), self.latents.all
+        latents = jnp.broadcast_to(own, (len(memory.x) * memory.studies, *own.shape)).astype(self.dtype)
+        return self.transformer(latents, memory=memory.x, memory_segments=memory.seen_by(len(own)))

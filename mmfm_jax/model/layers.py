@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from mmfm_jax.data.batch import Array
+from mmfm_jax.model.precision import Precision, matmul
+from mmfm_jax.parallel.platform import platform
 
 EPSILON = 1e-6
+STATISTIC = "statistic"  # name of the one number a token that a norm divides by, which backward may keep
 Axes = tuple[str | None, str | None]
 
 
@@ -17,7 +23,10 @@ class Linear(nnx.Module):
     """x @ kernel (+ bias), in the dtype of `x` over float32 parameters.
 
     `axes` names the input and the output axis; `gain` scales the initial standard deviation sqrt(1 / input width).
+    `precision` may be set to that of eight-bit products.
     """
+
+    precision: Precision = "dtype"
 
     def __init__(self, inputs: int, outputs: int, axes: Axes, rngs: nnx.Rngs, bias=False, gain=1.0):
         scale = gain * inputs**-0.5
@@ -26,23 +35,29 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         kernel = self.kernel[...].astype(x.dtype)
-        if jax.default_backend() == "cpu":  # twice as fast there; elsewhere it would hide the axes from the partitioner
-            y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+        if self.precision != "dtype":
+            y: Any = matmul(x, self.kernel[...], self.precision)
+        elif platform() == "cpu":  # flat is twice as fast there; elsewhere it would hide the axes from the partitioner
+            flat = x.reshape(-1, x.shape[-1])
+            y = (flat @ kernel).reshape(*x.shape[:-1], -1)
         else:
             y = x @ kernel
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-class RMSNorm(nnx.Module):
+def rms_norm(x: Float[Array, "*batch width"], scale: Float[Array, "width"]) -> Float[Array, "*batch width"]:
     """Root mean square normalisation in float32 (arXiv:1910.07467)."""
+    wide = x.astype(jnp.float32)
+    inverse = checkpoint_name(jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1) + EPSILON), STATISTIC)
+    return (wide * inverse[..., None] * scale).astype(x.dtype)
 
+
+class RMSNorm(nnx.Module):
     def __init__(self, width: int):
         self.scale = nnx.Param(jnp.ones(width), axes=(None,))
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + EPSILON)
-        return (wide * inverse * self.scale[...]).astype(x.dtype)
+        return rms_norm(x, self.scale[...])
 
 
 class Table(nnx.Module):

@@ -8,30 +8,23 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from mmfm_jax.config import ModelConfig
-from mmfm_jax.data.batch import PAD, Array, Batch, InputSpec
+from mmfm_jax.data.batch import PAD, Array, Batch, InputSpec, PackedPart
 from mmfm_jax.model.fusion import Fusion
 from mmfm_jax.model.tabular import TableEncoder
 from mmfm_jax.model.text import TextEncoder
+from mmfm_jax.model.tokens import Tokens
 from mmfm_jax.model.vision import VisionEncoder
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What an encoder makes of one part of a study: `image/ROLE`, `text/FIELD` or `table`."""
-
-    x: Float[Array, "batch token width"]
-    present: Bool[Array, "batch token"]
 
 
 @dataclass(frozen=True)
 class Hidden:
     """What an encoder is not shown, for masked modelling. Parts that are not named are shown whole."""
 
-    kept_patches: dict[str, Int[Array, "batch kept"]]
-    """Patches that remain of each role; the encoder sees them alone."""
+    images: dict[str, PackedPart]
+    """The patches that remain of each role; the encoder sees them alone."""
     tokens: dict[str, Bool[Array, "batch length"]]
     columns: Bool[Array, "batch column"] | None
 
@@ -63,9 +56,8 @@ class MultimodalModel(nnx.Module):
         """Tokens of every part, whether present or not; `Tokens.present` tells."""
         encoded = {}
         if self.vision is not None:
-            for role, image in batch.images.items():
-                x = self.vision(role, image, hidden.kept_patches.get(role))
-                encoded[f"image/{role}"] = Tokens(x, jnp.broadcast_to(image.present[:, None], x.shape[:2]))
+            for role, image in (batch.images | batch.packed | hidden.images).items():
+                encoded[f"image/{role}"] = self.vision(role, image)
         if self.text is not None:
             for field, text in batch.texts.items():
                 present, tokens = (text.tokens != PAD) & text.present[:, None], text.tokens
@@ -82,11 +74,12 @@ class MultimodalModel(nnx.Module):
     ) -> Float[Array, "batch latent width"]:
         """The fused latents of each study; a modality that `keep` denies a study is absent to it."""
         keep = keep or {}
-        present = {
-            part: tokens.present & keep[modality(part)][:, None] if modality(part) in keep else tokens.present
-            for part, tokens in encoded.items()
-        }
-        return self.fusion({part: tokens.x for part, tokens in encoded.items()}, present)
+        return self.fusion(
+            {
+                part: tokens.of(keep[modality(part)]) if modality(part) in keep else tokens
+                for part, tokens in encoded.items()
+            }
+        )
 
 
 def table_present(batch: Batch) -> Bool[Array, "batch"]:
@@ -98,7 +91,7 @@ def drop_modalities(encoded: Encoded, chance: float, rng: jax.Array) -> dict[str
     """Which modalities each study keeps when each is hidden with `chance`; one that is present is always left."""
     held = {}
     for part, tokens in encoded.items():
-        held[modality(part)] = held.get(modality(part), False) | tokens.present.any(axis=1)
+        held[modality(part)] = held.get(modality(part), False) | tokens.held
     order = jax.random.uniform(rng, (len(held), *next(iter(held.values())).shape))
     present = jnp.stack(list(held.values()))
     score = jnp.where(present, order, -1)

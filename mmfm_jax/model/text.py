@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from mmfm_jax.config import TransformerConfig
 from mmfm_jax.data.batch import Array
+from mmfm_jax.model.flash import Segments
 from mmfm_jax.model.layers import Table
 from mmfm_jax.model.position import angles_1d
 from mmfm_jax.model.transformer import Transformer
@@ -23,4 +24,6 @@ class TextEncoder(nnx.Module):
         self, tokens: Int[Array, "batch length"], present: Bool[Array, "batch length"]
     ) -> Float[Array, "batch length width"]:
         angles = angles_1d(tokens.shape[1], self.config.width // self.config.heads)[None]
-        return self.transformer(self.embed(tokens).astype(self.dtype), present, jnp.asarray(angles, jnp.float32))
+        return self.transformer(
+            self.embed(tokens).astype(self.dtype), Segments.present(present), jnp.asarray(angles, jnp.float32)
+        )

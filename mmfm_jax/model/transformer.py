@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 from flax import nnx
-from jaxtyping import Bool, Float
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float
 
 from mmfm_jax.config import TransformerConfig
 from mmfm_jax.data.batch import Array
+from mmfm_jax.errors import UserError
 from mmfm_jax.model.attention import Attention
-from mmfm_jax.model.layers import Linear, RMSNorm, stack
+from mmfm_jax.model.flash import ALL, Segments
+from mmfm_jax.model.layers import STATISTIC, Linear, RMSNorm, stack
+from mmfm_jax.model.precision import check_installed
+from mmfm_jax.model.ring import SAVED
 from mmfm_jax.parallel.sharding import constrain
 
-REMAT = {  # what backward keeps of a block, by `TransformerConfig.remat`
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+HIDDEN = "hidden"  # name of what the first product of an MLP gives
+
+REMAT = {  # what backward keeps of a block besides its input, by `TransformerConfig.remat`
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED, STATISTIC),
+    ),
+    "hidden": jax.checkpoint_policies.save_only_these_names(SAVED, STATISTIC, HIDDEN),
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED, STATISTIC),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # the input itself, in host memory
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -27,50 +47,71 @@ class MLP(nnx.Module):
         self.down = Linear(hidden, width, ("mlp", "width"), rngs, gain=gain)
 
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        hidden = jax.nn.gelu(self.up(x)) if self.gate is None else jax.nn.gelu(self.gate(x)) * self.up(x)
-        return self.down(hidden)
+        hidden = checkpoint_name(self.up(x), HIDDEN)
+        if self.gate is None:
+            return self.down(jax.nn.gelu(hidden))
+        return self.down(jax.nn.gelu(checkpoint_name(self.gate(x), HIDDEN)) * hidden)
 
 
 class Block(nnx.Module):
     """x + attend(norm x), then x + attend(norm x, memory), then x + mlp(norm x); either attention may be left out."""
 
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, self_attention: bool, cross_attention: bool):
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, own: bool, cross: bool, causal: bool):
         width, gain = config.width, (2 * config.depth) ** -0.5  # keeps the sum over all blocks near unit scale
-        self.attend = Attention(width, config.heads, rngs, gain=gain) if self_attention else None
-        self.attend_norm = RMSNorm(width) if self_attention else None
-        self.cross = Attention(width, config.heads, rngs, gain=gain) if cross_attention else None
-        self.cross_norm = RMSNorm(width) if cross_attention else None
+        attention = functools.partial(Attention, width, config.heads, rngs, gain=gain, implementation=config.attention)
+        self.attend = attention(causal=causal) if own else None
+        self.attend_norm = RMSNorm(width) if own else None
+        self.cross = attention() if cross else None
+        self.cross_norm = RMSNorm(width) if cross else None
         self.mlp = MLP(width, round(config.mlp_ratio * width), config.gated, rngs, gain)
         self.mlp_norm = RMSNorm(width)
+        for _, module in nnx.iter_modules(self):
+            if isinstance(module, Linear):
+                module.precision = config.precision
 
-    def __call__(self, x, present, angles, memory, memory_present):
+    def __call__(self, x, segments, angles, memory, memory_segments):
         if self.cross is not None and self.cross_norm is not None:
-            x = x + self.cross(self.cross_norm(x), memory, memory_present)
+            x = x + self.cross(self.cross_norm(x), memory, memory_segments)
         if self.attend is not None and self.attend_norm is not None:
-            x = x + self.attend(self.attend_norm(x), present=present, angles=angles)
+            x = x + self.attend(self.attend_norm(x), segments=segments, angles=angles)
         return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "tokens", None)
 
 
 class Transformer(nnx.Module):
     """`config.depth` blocks and a final norm. Compile time grows with `config.unroll`, not with depth."""
 
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, self_attention=True, cross_attention=False):
+    def __init__(
+        self, config: TransformerConfig, rngs: nnx.Rngs, self_attention=True, cross_attention=False, causal=False
+    ):
+        """`causal`: no token attends to those after it.
+
+        Raises UserError when the machine lacks what `config.remat` or `config.precision` needs.
+        """
+        check_installed(config.precision)
+        memories = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
+        if config.remat == "offload" and "pinned_host" not in memories:
+            raise UserError(
+                f"model: {jax.default_backend()} has no pinned_host memory for remat offload; use remat full"
+            )
         self.remat, self.unroll = config.remat, config.unroll
-        self.blocks = stack(lambda rngs: Block(config, rngs, self_attention, cross_attention), config.depth, rngs)
+        self.blocks = stack(
+            lambda rngs: Block(config, rngs, self_attention, cross_attention, causal), config.depth, rngs
+        )
         self.norm = RMSNorm(config.width)
 
     def __call__(
         self,
         x: Float[Array, "batch tokens width"],
-        present: Bool[Array, "batch tokens"] | None = None,
+        segments: Segments = ALL,
         angles: Float[Array, "#batch tokens pair"] | None = None,
         memory: Float[Array, "batch key width"] | None = None,
-        memory_present: Bool[Array, "batch key"] | None = None,
+        memory_segments: Segments = ALL,
     ) -> Float[Array, "batch tokens width"]:
         graph, layers = nnx.split(self.blocks)
 
         def apply(x, layer):
-            return nnx.merge(graph, layer)(x, present, angles, memory, memory_present), None
+            x = checkpoint_name(x, "block")
+            return nnx.merge(graph, layer)(x, segments, angles, memory, memory_segments), None
 
         if self.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=False)

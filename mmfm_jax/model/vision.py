@@ -6,12 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from mmfm_jax.config import VisionConfig
-from mmfm_jax.data.batch import Array, ImagePart, ImageShape
+from mmfm_jax.data.batch import Array, ImagePart, ImageShape, PackedPart
+from mmfm_jax.model.flash import ALL, Segments
 from mmfm_jax.model.layers import Linear, Table
 from mmfm_jax.model.position import angles_3d
+from mmfm_jax.model.tokens import Tokens
 from mmfm_jax.model.transformer import Transformer
 
 
@@ -26,6 +28,11 @@ def patch_centres_mm(spacing_mm: Float[Array, "batch 3"], shape: ImageShape) -> 
     grid = np.stack(np.meshgrid(*map(np.arange, shape.grid), indexing="ij"), axis=-1).reshape(-1, 3)
     in_voxels = (grid + 0.5) * shape.patch - np.array(shape.size) / 2
     return in_voxels.astype(np.float32) * spacing_mm[:, None, :]
+
+
+def as_patches(part: ImagePart, shape: ImageShape) -> PackedPart:
+    """Images of one size as rows of one study each, without padding."""
+    return PackedPart(patches(part.voxels, shape), patch_centres_mm(part.spacing_mm, shape), None, part.present)
 
 
 class VisionEncoder(nnx.Module):
@@ -44,20 +51,19 @@ class VisionEncoder(nnx.Module):
         self.registers = Table(config.registers, config.width, rngs) if config.registers else None
         self.transformer = Transformer(config, rngs)
 
-    def __call__(
-        self, role: str, part: ImagePart, kept: Int[Array, "batch kept"] | None = None
-    ) -> Float[Array, "batch token width"]:
-        """Tokens of the registers, then of the patches; of the `kept` patches alone if given."""
-        shape = dict(self.shapes)[role]
-        content, centres = patches(part.voxels, shape), patch_centres_mm(part.spacing_mm, shape)
-        if kept is not None:
-            content = jnp.take_along_axis(content, kept[:, :, None], axis=1)
-            centres = jnp.take_along_axis(centres, kept[:, :, None], axis=1)
+    def __call__(self, role: str, part: ImagePart | PackedPart) -> Tokens:
+        """Tokens of the registers, of each study of a row its own, then of the patches. No study meets another."""
+        part = part if isinstance(part, PackedPart) else as_patches(part, dict(self.shapes)[role])
+        centres, segment, studies = part.centres_mm, part.segment, part.studies
         # In [0, 2]: a mean square near 1, and zero where the image is empty.
-        x = self.embed[role]((2 * content).astype(self.dtype))
+        x = self.embed[role]((2 * part.patches).astype(self.dtype))
         if self.registers is not None:  # they stand at the centre of the crop
-            registers = jnp.broadcast_to(self.registers.all, (len(x), *self.registers.all.shape)).astype(x.dtype)
-            x = jnp.concatenate([registers, x], axis=1)
-            centres = jnp.pad(centres, ((0, 0), (self.config.registers, 0), (0, 0)))
+            registers = jnp.tile(self.registers.all, (studies, 1)).astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(registers, (len(x), *registers.shape)), x], axis=1)
+            centres = jnp.pad(centres, ((0, 0), (len(registers), 0), (0, 0)))
+            if segment is not None:
+                own = jnp.where(part.present.reshape(-1, studies), 1 + jnp.arange(studies), 0)
+                segment = jnp.concatenate([jnp.repeat(own, self.config.registers, axis=1), segment], axis=1)
         angles = angles_3d(centres, self.config.width // self.config.heads, self.config.wavelengths_mm)
-        return self.transformer(x, angles=angles)
+        x = self.transformer(x, ALL if segment is None else Segments.packed(segment), angles)
+        return Tokens(x, jnp.broadcast_to(part.present[:, None], x.shape[:2]) if segment is None else segment, studies)

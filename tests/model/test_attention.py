@@ -1,12 +1,17 @@
 """Attention and positions against plain float64 computations."""
 
+from unittest.mock import patch
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmfm_jax.model import position
 from mmfm_jax.model.attention import attention
+from mmfm_jax.model.flash import Segments
 from mmfm_jax.model.position import angles_1d, angles_3d, rotate, wavelengths
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -14,13 +19,13 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 def plain_attention(q, k, v, present):
     """Softmax attention in float64, a query and a head at a time."""
-    batch, queries, heads, head = q.shape
+    batch, queries, heads, _ = q.shape
     out = np.zeros(q.shape)
     for b in range(batch):
         for h in range(heads):
             keys, values = k[b, present[b], h], v[b, present[b], h]
             for i in range(queries if len(keys) else 0):
-                score = keys.astype(np.float64) @ q[b, i, h] / np.sqrt(head)
+                score = keys.astype(np.float64) @ q[b, i, h]
                 weight = np.exp(score - score.max())
                 out[b, i, h] = weight @ values / weight.sum()
     return out
@@ -34,7 +39,7 @@ def test_attention_is_softmax_over_the_keys_present_and_zero_without_any(seed):
     present = rng.random((3, 7)) < 0.6
     present[0] = False
     k[~present] = v[~present] = 1e3  # must not matter
-    got = attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(present))
+    got = attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), Segments.present(present))
     np.testing.assert_allclose(got, plain_attention(q, k, v, present), atol=2e-5)
     k, v = k % 2, v % 2
     everything = attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v))
@@ -43,12 +48,28 @@ def test_attention_is_softmax_over_the_keys_present_and_zero_without_any(seed):
 
 @settings(max_examples=15)
 @given(seed=SEEDS)
-def test_rotary_is_the_closed_form_in_millimetres(seed):
+def test_causal_attention_is_that_over_the_keys_present_up_to_the_query(seed):
+    rng = np.random.default_rng(seed)
+    q, k, v = rng.normal(size=(3, 3, 6, 2, 4)).astype(np.float32)
+    present = rng.random((3, 6)) < 0.6  # the first queries often have no key before them
+    masked = attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), Segments.present(present), causal=True)
+    free = attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), causal=True)
+    for at in range(6):
+        for got, held in ((masked, present), (free, np.ones_like(present))):
+            expected = plain_attention(q[:, : at + 1], k[:, : at + 1], v[:, : at + 1], held[:, : at + 1])
+            np.testing.assert_allclose(got[:, at], expected[:, at], atol=2e-5)
+
+
+@pytest.mark.parametrize("where", ["cpu", "tpu"])
+@settings(max_examples=15)
+@given(seed=SEEDS)
+def test_rotary_is_the_closed_form_in_millimetres(where, seed):
     """Feature i and i + half form a complex number that is multiplied by exp(2 pi i x / wavelength)."""
     rng = np.random.default_rng(seed)
     head, range_mm = 20, (3.0, 300.0)
     x, at = rng.normal(size=(2, 6, 3, head)), rng.uniform(-200, 200, (2, 6, 3))
-    got = rotate(jnp.asarray(x, jnp.float32), angles_3d(jnp.asarray(at, jnp.float32), head, range_mm))
+    with patch.object(position, "platform", lambda: where):
+        got = rotate(jnp.asarray(x, jnp.float32), angles_3d(jnp.asarray(at, jnp.float32), head, range_mm))
     each = head // 6
     lengths = range_mm[0] * (range_mm[1] / range_mm[0]) ** (np.arange(each) / (each - 1))
     turn = np.ones((2, 6, 1, head // 2), complex)
@@ -87,6 +108,6 @@ def test_a_single_pair_has_the_shortest_wavelength():
 def test_attention_has_no_gradient_into_absent_keys():
     q, k, v = (jax.random.normal(jax.random.key(i), (1, 3, 1, 4)) for i in range(3))
     present = jnp.array([[True, False, True]])
-    dk, dv = jax.grad(lambda k, v: attention(q, k, v, present).sum(), argnums=(0, 1))(k, v)
+    dk, dv = jax.grad(lambda k, v: attention(q, k, v, Segments.present(present)).sum(), argnums=(0, 1))(k, v)
     assert not np.asarray(dk)[0, 1].any() and not np.asarray(dv)[0, 1].any()
     assert np.asarray(dv)[0, 0].any()

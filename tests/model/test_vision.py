@@ -5,8 +5,8 @@ import numpy as np
 from flax import nnx
 
 from mmfm_jax.config import VisionConfig
-from mmfm_jax.data.batch import ImagePart, ImageShape
-from mmfm_jax.model.vision import VisionEncoder, patch_centres_mm, patches
+from mmfm_jax.data.batch import ImagePart, ImageShape, PackedPart
+from mmfm_jax.model.vision import VisionEncoder, as_patches, patch_centres_mm, patches
 
 SHAPE = ImageShape(size=(4, 6, 8), patch=(2, 3, 4), channels=2, window=(0, 1))
 
@@ -43,7 +43,7 @@ def test_spacing_matters_and_a_single_slice_is_2d():
     model, shape = encoder((1, 8, 8), (1, 4, 4))
     voxels = np.random.default_rng(0).random((2, *shape.size, 1), np.float32)
     near, far = (
-        model("ct", ImagePart(jnp.asarray(voxels), jnp.full((2, 3), spacing), jnp.ones(2, bool)))
+        model("ct", ImagePart(jnp.asarray(voxels), jnp.full((2, 3), spacing), jnp.ones(2, bool))).x
         for spacing in (1.0, 3.0)
     )
     assert near.shape == (2, 2 + 4, 24)
@@ -58,7 +58,9 @@ def test_the_encoder_sees_the_kept_patches_alone_wherever_they_stand():
     kept = jnp.array([[0, 3, 5], [1, 2, 7]])
 
     def encode(voxels, kept):
-        return np.asarray(model("ct", ImagePart(jnp.asarray(voxels), jnp.ones((2, 3)), jnp.ones(2, bool)), kept))
+        whole = as_patches(ImagePart(jnp.asarray(voxels), jnp.ones((2, 3)), jnp.ones(2, bool)), shape)
+        content, centres = (jnp.take_along_axis(x, kept[..., None], 1) for x in (whole.patches, whole.centres_mm))
+        return np.asarray(model("ct", PackedPart(content, centres, None, whole.present)).x)
 
     first = encode(voxels, kept)
     changed = voxels.copy()
