@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 
 import jax
+from orbax.checkpoint import multihost
 
 from mmfm_jax.errors import UserError
+from mmfm_jax.parallel.flags import has_tpu, set_flags_of_several_cpu_devices
+
+THREADS = 8  # of XLA for each device that a CPU plays
+PATIENCE_S = 3600  # of a process for the others: the largest programs compile in minutes
 
 
 def start_processes() -> None:
@@ -16,25 +21,65 @@ def start_processes() -> None:
     JAX_NUM_PROCESSES and JAX_PROCESS_ID. Under Slurm, GKE and Cloud TPU, JAX finds the group by itself.
     MMFM_CPU_DEVICES=n splits the CPU into n virtual devices, to try a mesh without accelerators.
     """
-    if devices := _whole("MMFM_CPU_DEVICES"):
-        jax.config.update("jax_num_cpu_devices", devices)
-        # Two steps in flight share one pool of threads, and their collectives wait for each other for ever.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    devices = _whole("MMFM_CPU_DEVICES")
+    if devices:
+        split_cpu(devices)
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    cluster = (
-        (_whole("SLURM_NTASKS") or 1) > 1
-        or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-        or "JOBSET_NAME" in os.environ
-    )
-    if address or cluster:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of no effect on other platforms
+    in_slurm = (_whole("SLURM_NTASKS") or 1) > 1
+    if not (address or in_slurm or _in_jobset() or _in_cloud_tpu()):
+        return
+    set_flags_of_several_cpu_devices()
+    _make_room(devices or 1)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of no effect on other platforms
     if address:
         processes, process = _whole("JAX_NUM_PROCESSES"), _whole("JAX_PROCESS_ID")
         if processes is None or process is None:
             raise UserError("JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID too")
         jax.distributed.initialize(address, processes, process)
-    elif cluster:
-        jax.distributed.initialize()
+    else:
+        jax.distributed.initialize(local_device_ids=_gpus_of_a_node() if in_slurm else None)
+
+
+def split_cpu(devices: int) -> None:
+    """Makes the CPU so many virtual devices; to be called before JAX touches one."""
+    jax.config.update("jax_num_cpu_devices", devices)
+    _make_room(devices)
+    # Two steps in flight share one pool of threads, and their collectives wait for each other for ever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    set_flags_of_several_cpu_devices()
+
+
+def _make_room(devices: int) -> None:
+    """Threads for the CPU's collectives: each holds one until all devices have come to it, and a device starts those
+    that do not need each other at once. By default the pool has a thread a device, so that one device may hold two
+    while another finds none, and all wait for ever."""
+    os.environ.setdefault("PJRT_NPROC", str(max(THREADS * devices, os.cpu_count() or 1)))
+
+
+def meet(where: str) -> None:
+    """Waits until every process of the run is here, without touching a device.
+
+    To be called before a program with collectives runs for the first time: some processes compile it minutes later than
+    others, and collectives do not wait as long.
+    """
+    multihost.get_barrier_sync_fn()(key=where, timeout_ms=1000 * PATIENCE_S)
+
+
+def _in_jobset() -> bool:
+    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "JOBSET_NAME" in os.environ
+
+
+def _in_cloud_tpu() -> bool:
+    """Whether this is a Cloud TPU VM, which names the hosts of its slice in its metadata and not in the environment."""
+    elsewhere = {"TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"}
+    return has_tpu() and not elsewhere & os.environ.keys()
+
+
+def _gpus_of_a_node() -> list[int] | None:
+    """All GPUs of the node where Slurm starts one process a node; otherwise JAX gives each process one GPU."""
+    gpus = _whole("SLURM_GPUS_ON_NODE")
+    alone = os.environ.get("SLURM_STEP_NUM_TASKS") == os.environ.get("SLURM_STEP_NUM_NODES")
+    return list(range(gpus)) if gpus and alone else None
 
 
 def _whole(variable: str) -> int | None:

@@ -6,7 +6,6 @@ they are constrained; neither knows the mesh. To shard differently, change this 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -42,6 +41,12 @@ def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh |
     return PartitionSpec(*split)
 
 
+def split_over(axis: str, size: int, mesh: Mesh | AbstractMesh) -> bool:
+    """Whether a logical axis of this size lies on more than one device."""
+    ways = math.prod(mesh.shape[name] for name in RULES[axis])
+    return ways > 1 and size % ways == 0
+
+
 def constrain(x: Any, *axes: str | None) -> jax.Array:
     """Keeps an activation split along its logical axes; without a mesh (`jax.set_mesh`) it returns `x`."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -66,14 +71,15 @@ def of_parameters(params: nnx.State, mesh: Mesh) -> nnx.State:
     return jax.tree.unflatten(jax.tree.structure(params), shardings)
 
 
-def check_batch_size(batch_size: int, accumulate: int, mesh: Mesh) -> None:
-    """Raises UserError when a batch does not split evenly over the devices."""
+def check_batch_size(batch_size: int, accumulate: int, mesh: Mesh | AbstractMesh, studies_a_row: int = 1) -> None:
+    """Raises UserError when a batch does not split evenly over the devices; studies of one row are not parted."""
     pieces = math.prod(mesh.shape[name] for name in RULES["batch"])
-    if batch_size % (pieces * accumulate):
+    if batch_size % (pieces * accumulate * studies_a_row):
         parts = f" in {accumulate} accumulated parts" if accumulate > 1 else ""
+        packed = f", packed {studies_a_row} studies a row," if studies_a_row > 1 else ""
         raise UserError(
-            f"train.batch_size: {batch_size}{parts} does not split over mesh data x fsdp = {pieces} shards; "
-            f"make it a multiple of {pieces * accumulate}"
+            f"train.batch_size: {batch_size}{packed}{parts} does not split over mesh data x fsdp = {pieces} shards; "
+            f"make it a multiple of {pieces * accumulate * studies_a_row}"
         )
 
 
@@ -85,13 +91,19 @@ def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
 
 
 def global_batch(local, rows: np.ndarray, batch_size: int, mesh: Mesh):
-    """Joins the rows each process read (`local`, leading axis as `rows`) into arrays over the whole mesh."""
+    """Joins the rows each process read (`local`, leading axis as `rows`) into arrays over the whole mesh.
+
+    An array of fewer rows has one for several consecutive `rows`, as packed images have.
+    """
     sharding = by_study(mesh)
 
     def join(leaf: np.ndarray) -> jax.Array:
-        shape = (batch_size, *leaf.shape[1:])
+        studies = len(rows) // len(leaf)
+        held, count = rows[::studies] // studies, batch_size // studies
         return jax.make_array_from_callback(
-            shape, sharding, lambda index: leaf[_positions(rows, (index or (slice(None),))[0], batch_size)]
+            (count, *leaf.shape[1:]),
+            sharding,
+            lambda index: leaf[_positions(held, (index or (slice(None),))[0], count)],
         )
 
     return jax.tree.map(join, local)
@@ -105,17 +117,13 @@ def _positions(rows: np.ndarray, wanted: slice, batch_size: int) -> slice:
 
 
 def like_parameters(state, params: nnx.State, shardings: nnx.State, mesh: Mesh):
-    """Shardings of a state that holds trees shaped like the parameters (moments, averages) among other leaves."""
-    structure = jax.tree.structure(params)
+    """Shardings of a state that holds trees like the parameters or like some of them (moments) among other leaves: a
+    leaf at a parameter's path, of its shape, is split as the parameter is. All may be shapes alone."""
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    known = {path: (leaf.shape, split) for (path, leaf), split in zip(paths, jax.tree.leaves(shardings), strict=True)}
 
-    def is_parameters(node) -> bool:
-        return isinstance(node, nnx.State) and jax.tree.structure(node) == structure
+    def shard(path, leaf) -> NamedSharding:
+        shape, split = next((known[path[i:]] for i in range(len(path)) if path[i:] in known), (None, None))
+        return split if split is not None and shape == leaf.shape else replicated(mesh)
 
-    def shard(node):
-        return shardings if is_parameters(node) else jax.tree.map(lambda _: replicated(mesh), node)
-
-    return jax.tree.map(shard, state, is_leaf=lambda node: is_parameters(node) or not _has_children(node))
-
-
-def _has_children(node) -> bool:
-    return isinstance(node, (tuple, list, dict)) or dataclasses.is_dataclass(node)
+    return jax.tree_util.tree_map_with_path(shard, state)

@@ -9,9 +9,9 @@ import pytest
 from mmfm_jax.config import MeshConfig
 from mmfm_jax.errors import UserError
 from mmfm_jax.parallel import sharding
-from mmfm_jax.parallel.mesh import AXES, make_mesh
+from mmfm_jax.parallel.mesh import AXES, make_mesh, slice_of
 from mmfm_jax.train.optimizer import make_optimizer
-from mmfm_jax.train.state import initial_state, learner_shapes, state_shardings
+from mmfm_jax.train.state import TrainState, initial_state, learner_shapes, state_shardings
 from mmfm_jax.train.step import make_step
 
 STEPS = 3
@@ -24,7 +24,7 @@ def mesh_of(**sizes):
 
 
 def run(mesh, experiment, spec, batch):
-    """Metrics of a few steps on one batch, and the parameters they end in."""
+    """Metrics of a few steps on one batch, the state they end in, its shardings, and the state after the first."""
     optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
     graph, _ = learner_shapes(experiment, spec)
     shapes = jax.eval_shape(lambda: initial_state(experiment, spec, optimizer))
@@ -38,11 +38,18 @@ def run(mesh, experiment, spec, batch):
             in_shardings=(shardings, sharding.by_study(mesh)),
             out_shardings=(shardings, sharding.replicated(mesh)),
         )
-        history = []
+        history, states = [], []
         for _ in range(STEPS):
             state, metrics = step(state, whole)
             history.append({name: float(value) for name, value in metrics.items()})
-    return history, state, shardings
+            states.append(state)
+    return history, state, shardings, states[0]
+
+
+def gradients(first: TrainState) -> Any:
+    """Of the first step, clipped: AdamW's first moment started at zero and holds nothing but a share of them."""
+    moments: Any = first.optimizer
+    return moments[1].mu
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +66,50 @@ def alone(material):
     ],
     ids=str,
 )
-def test_losses_and_parameters_are_those_of_one_device(sizes, material, alone):
-    history, state, shardings = run(mesh_of(**sizes), material.experiment, material.spec, material.batch)
+def test_losses_gradients_and_parameters_are_those_of_one_device(sizes, material, alone):
+    history, state, shardings, first = run(mesh_of(**sizes), material.experiment, material.spec, material.batch)
     for mine, single in zip(history, alone[0]):
         assert mine["batch_checksum"] == single["batch_checksum"]
         for name in single:
             np.testing.assert_allclose(mine[name], single[name], rtol=2e-4, atol=2e-5, err_msg=name)
+    single = dict(jax.tree_util.tree_leaves_with_path(gradients(alone[3])))
+    largest = max(float(np.abs(gradient).max()) for gradient in single.values())
+    for path, mine in jax.tree_util.tree_leaves_with_path(gradients(first)):
+        np.testing.assert_allclose(mine, single[path], rtol=1e-3, atol=1e-5 * largest, err_msg=str(path))
     # AdamW divides by the size of the gradient, so where that is rounding error the update is too.
     for mine, single in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone[1].params)):
         np.testing.assert_allclose(np.asarray(mine), np.asarray(single), atol=3e-3)
     split = [s for s in jax.tree.leaves(shardings.params) if not s.is_fully_replicated]
-    assert len(split) > 20
+    assert len(split) > 20 or "fsdp" not in sizes
     moments: Any = shardings.optimizer[1]
     assert moments.mu == shardings.params and moments.nu == shardings.params
+
+
+MUON = {
+    "tasks": {"disease": {"kind": "classification", "label": "disease"}},
+    "optimizer.kind": "muon",
+    "optimizer.state_dtype": "bfloat16",
+    "optimizer.groups": [{"match": "model.vision.*", "frozen": True}, {"match": "model.text.*", "layer_decay": 0.5}],
+}
+
+
+def test_muon_on_a_mesh_is_muon_on_one_device_and_its_state_is_split_as_the_parameters_are(make_experiment, material):
+    experiment = make_experiment(MUON)
+    history, state, shardings, _ = run(mesh_of(fsdp=4, tensor=2), experiment, material.spec, material.batch)
+    single, expected, *_ = run(mesh_of(), experiment, material.spec, material.batch)
+    for mine, alone in zip(history, single):
+        np.testing.assert_allclose(mine["loss"], alone["loss"], rtol=2e-4)
+    for mine, alone in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params)):
+        np.testing.assert_allclose(np.asarray(mine), np.asarray(alone), atol=3e-3)
+    of_parameter = dict(jax.tree_util.tree_leaves_with_path(shardings.params))
+    moments = 0
+    for path, split in jax.tree_util.tree_leaves_with_path(shardings.optimizer):
+        own = next((of_parameter[path[i:]] for i in range(len(path)) if path[i:] in of_parameter), None)
+        moments += own is not None
+        assert split == own if own is not None else split.is_fully_replicated
+    assert moments > 60
+    whole = [leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.sharding.is_fully_replicated]
+    assert max(whole) <= 2 * 24  # the scales of norms
 
 
 def test_each_axis_of_a_parameter_is_split_by_its_rule_where_the_mesh_divides_it():
@@ -111,3 +149,18 @@ def test_a_batch_that_does_not_split_is_refused():
     sharding.check_batch_size(16, 4, mesh)
     with pytest.raises(UserError, match="make it a multiple of 16"):
         sharding.check_batch_size(24, 4, mesh)
+
+
+def test_of_several_slices_only_data_crosses_the_network(make_pod):
+    devices = make_pod("v5e:4x4", 2).devices
+    for sizes in ({"data": 2, "fsdp": 16}, {"data": 4, "fsdp": 2, "sequence": 2, "tensor": 2}):
+        mesh = make_mesh(MeshConfig(**sizes), devices)
+        assert mesh.size == 32
+        groups = mesh.devices.reshape(sizes["data"], -1)  # fsdp, sequence and tensor of one index of data
+        assert all(len({slice_of(device) for device in group}) == 1 for group in groups)
+        assert {slice_of(device) for device in mesh.devices.flat} == {0, 1}
+
+
+def test_data_that_does_not_split_over_slices_is_refused(make_pod):
+    with pytest.raises(UserError, match=r"mesh\.data: 1 is not a multiple of the 2 slices"):
+        make_mesh(MeshConfig(), make_pod("v5e:4x4", 2).devices)
