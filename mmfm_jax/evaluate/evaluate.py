@@ -15,6 +15,7 @@ from rich.table import Table as RichTable
 
 from mmfm_jax.config import EvaluateConfig
 from mmfm_jax.data.batch import InputSpec
+from mmfm_jax.data.mix import StoreMix, open_data
 from mmfm_jax.data.pipeline import Samples, evaluation_batches
 from mmfm_jax.data.store import StudyStore
 from mmfm_jax.errors import UserError
@@ -66,7 +67,8 @@ def evaluate(run: str | Path, console: Console | None = None) -> Evaluation:
         )
     run, console = Path(run), console or Console()
     trained = load_run(run)
-    store = StudyStore.open(trained.experiment.data.store)
+    data = trained.experiment.data
+    store = open_data(data)
     samples = Samples(store, trained.experiment.inputs, trained.spec, trained.tokenizer)
     result = measure_run(trained, store, samples, console)
     measures = {name: asdict(measure) for name, measure in result.measures.items()}
@@ -79,7 +81,7 @@ def evaluate(run: str | Path, console: Console | None = None) -> Evaluation:
     return result
 
 
-def measure_run(trained: TrainedRun, store: StudyStore, samples: Samples, console: Console) -> Evaluation:
+def measure_run(trained: TrainedRun, store: StudyStore | StoreMix, samples: Samples, console: Console) -> Evaluation:
     """Every protocol the run's tasks and configuration allow."""
     experiment, spec = trained.experiment, trained.spec
     config, bootstrap = experiment.evaluate, Bootstrap(experiment.evaluate.bootstrap, experiment.seed)
@@ -150,7 +152,7 @@ def embed_questions(trained: TrainedRun) -> dict[str, np.ndarray]:
     return found
 
 
-def check(config: EvaluateConfig, spec: InputSpec, store: StudyStore, learner: Learner) -> None:
+def check(config: EvaluateConfig, spec: InputSpec, store: StudyStore | StoreMix, learner: Learner) -> None:
     """Refuses an evaluation that asks for what the run or its store lacks, before anything is computed."""
     for name, columns in config.baselines.items():
         if name == WHOLE_TABLE:

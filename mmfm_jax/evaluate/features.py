@@ -131,7 +131,7 @@ def _concatenate(trees: list):
 
 
 def _modalities(batch: Batch) -> dict:
-    return {"image": batch.images, "text": batch.texts, "table": batch.table}
+    return {"image": (batch.images, batch.packed), "text": batch.texts, "table": batch.table}
 
 
 def _digests(part, real: Bool[np.ndarray, "batch"]) -> Shaped[np.ndarray, "study"]:

@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from sklearn.metrics import roc_curve
 
+from mmfm_jax.data.packing import volume
 from mmfm_jax.data.pipeline import Samples
+from mmfm_jax.data.slices import Slice, scaled_slice
 from mmfm_jax.evaluate import figures
 from mmfm_jax.evaluate.features import FUSED, Features
 from mmfm_jax.evaluate.metrics import Measure, confidence, retrieval_ranks
 from mmfm_jax.evaluate.protocols import Predictions
+from mmfm_jax.page import document, image, note, side_by_side, table
 from mmfm_jax.train import folder
 
 if TYPE_CHECKING:  # it imports this module
@@ -27,28 +30,15 @@ if TYPE_CHECKING:  # it imports this module
     from mmfm_jax.train.checkpoint import TrainedRun
 
 EXAMPLES = 12
-NOT_DRAWN = {"step", "time", "batch_checksum"}
-
-CSS = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: 0; }
-h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
-p.note { color: #555; } img { max-width: 100%; }
-table { border-collapse: collapse; font-size: 0.88rem; } th { text-align: left; }
-td, th { padding: 0.15rem 0.9rem 0.15rem 0; border-bottom: 1px solid #eee; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-.pair { display: flex; flex-wrap: wrap; gap: 1rem; }
-.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(28rem, 1fr)); gap: 1rem; }
-.example { display: flex; gap: 0.8rem; font-size: 0.82rem; line-height: 1.35; } .example img { flex: none; }
-.example p { margin: 0 0 0.4rem; } .example b { color: #555; font-weight: 600; }
-"""
+NOT_DRAWN = {"step", "time", "batch_checksum", "start", "goodput"}
+BOOKKEEPING = ("seconds/", "start/", "badput/")  # of the run's time: not a curve over its steps
 
 
 @dataclass(frozen=True)
 class Example:
     """A test study's image beside the text of the gallery nearest to it and its own."""
 
-    image: figures.Slice
+    image: Slice
     nearest: str
     own: str
     rank: float
@@ -87,44 +77,44 @@ def render(
     notes: Iterable[str],
 ) -> str:
     """The page; sections with nothing to show are left out."""
-    body = [f"<h1>{html.escape(title)}</h1>", _note(facts), *(_note(note) for note in notes)]
+    body = [f"<h1>{html.escape(title)}</h1>", note(facts), *map(note, notes)]
     aurocs = {name.removesuffix("/auroc"): m for name, m in measures.items() if _is_auroc(name)}
     recalls = {name: m for name, m in measures.items() if "/recall@" in name}
     if aurocs:
         body += [
             "<h2>Telling one class from another</h2>",
-            _note(
+            note(
                 "AUROC: the chance that a study of the class scores above one without it; 0.5 is guessing, 1 is"
                 " perfect. Dot: value on held-out patients. Line: its 95% interval."
             ),
-            _image(figures.forest(aurocs, 0.5, "AUROC"), "Forest plot of AUROC"),
+            image(figures.forest(aurocs, 0.5, "AUROC"), "Forest plot of AUROC"),
         ]
-    curves = [_image(figures.roc(roc_curves(p), name), f"ROC of {name}") for name, p in predictions if _is_binary(p)]
+    curves = [image(figures.roc(roc_curves(p), name), f"ROC of {name}") for name, p in predictions if _is_binary(p)]
     reliability = [
-        _image(figures.calibration(confidence(p.by_predictor[FUSED], p.label), name), f"Calibration of {name}")
+        image(figures.calibration(confidence(p.by_predictor[FUSED], p.label), name), f"Calibration of {name}")
         for name, p in predictions
         if FUSED in p.by_predictor
     ]
     if curves:
-        body += ["<h2>ROC curves</h2>", _row(curves)]
+        body += ["<h2>ROC curves</h2>", side_by_side(curves)]
     if reliability:
         body += [
             "<h2>Calibration</h2>",
-            _note(
+            note(
                 "Of the studies given a probability, the share that had the class; on the dotted line claims come true."
             ),
-            _row(reliability),
+            side_by_side(reliability),
         ]
     if recalls:
         body += [
             "<h2>Finding a study's partner</h2>",
-            _note("Recall@k: how often a study's own partner is among the first k found. Grey mark: chance."),
-            _image(figures.forest(recalls, None, "recall"), "Forest plot of recall"),
+            note("Recall@k: how often a study's own partner is among the first k found. Grey mark: chance."),
+            image(figures.forest(recalls, None, "recall"), "Forest plot of recall"),
         ]
     if shown:
         body += [
             "<h2>Examples</h2>",
-            _note(
+            note(
                 "Held-out studies drawn at random: middle slice at true scale, the text nearest to the image among"
                 f" those of {shown[0].gallery} studies, and the study's own text with its rank. Of several texts of"
                 " a study, the mean is what is compared and the first is what is shown."
@@ -132,14 +122,9 @@ def render(
             _examples(shown),
         ]
     if history:
-        body += ["<h2>Training</h2>", _image(figures.training_curves(history), "Training curves")]
+        body += ["<h2>Training</h2>", image(figures.training_curves(history), "Training curves")]
     body += ["<h2>All measures</h2>", _table(measures)]
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{CSS}</style></head>\n<body>\n'
-        + "\n".join(body)
-        + "\n</body></html>\n"
-    )
+    return document(title, body)
 
 
 # ---------------------------------------------------------------- what is shown
@@ -163,7 +148,7 @@ def read_history(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         except json.JSONDecodeError:
             continue  # cut off by a kill in the middle of a write
         for key, value in record.items():
-            if key not in NOT_DRAWN and isinstance(value, int | float):
+            if key not in NOT_DRAWN and not key.startswith(BOOKKEEPING) and isinstance(value, int | float):
                 history.setdefault(key, {})[record["step"]] = value
     return {
         key: (np.array(sorted(values)), np.array([values[step] for step in sorted(values)]))
@@ -203,14 +188,18 @@ def first_reading(samples: Samples, row: int) -> str:
     return " ".join(first.values()) + (f" (and {len(more)} more)" if more else "")
 
 
-def middle_slice(samples: Samples, row: int) -> figures.Slice:
+def middle_slice(samples: Samples, row: int) -> Slice:
     """Of the first image role that the study holds."""
-    role, part = next((role, part) for role, part in samples.read(row, None).images.items() if part.present)
-    low, high = samples.spec.images[role].window
-    voxels = np.asarray(part.voxels)
+    study = samples.read(row, None)
+    role = next(role for role, part in (study.images | study.packed).items() if part.present)
+    shape = samples.spec.images[role]
+    low, high = shape.window
+    voxels = volume(study.packed[role], shape) if role in study.packed else np.asarray(study.images[role].voxels)
     pixels = np.clip((voxels[voxels.shape[0] // 2].astype(np.float32) - low) / (high - low), 0, 1)
-    _, y, x = (float(s) for s in part.spacing_mm)
-    return figures.Slice(pixels, (y, x))
+    held = samples.store.volume_info(role, row)
+    assert held is not None
+    _, y, x = held[1]
+    return Slice(pixels, (y, x))
 
 
 # ---------------------------------------------------------------- pieces of the page
@@ -224,24 +213,12 @@ def _is_binary(of_label: Predictions) -> bool:
     return len(of_label.classes) == 2
 
 
-def _note(text: str) -> str:
-    return f'<p class="note">{html.escape(text)}</p>'
-
-
-def _row(images: list[str]) -> str:
-    return f'<div class="pair">{"".join(images)}</div>'
-
-
-def _image(figure, description: str) -> str:
-    return f'<img alt="{html.escape(description)}" src="{figures.to_data_uri(figure)}">'
-
-
 def _examples(shown: list[Example]) -> str:
     """All in frames of one physical size: that of the largest."""
     extents = [example.image.extent_mm for example in shown]
     frame = max(y for y, _ in extents), max(x for _, x in extents)
     cells = [
-        f'<div class="example">{_image(figures.scaled_slice(e.image, frame), "Middle slice")}<div>'
+        f'<div class="example">{image(scaled_slice(e.image, frame), "Middle slice")}<div>'
         f"<p><b>Nearest</b> {html.escape(e.nearest)}</p>"
         f"<p><b>Own (rank {e.rank:g})</b> {html.escape(e.own)}</p></div></div>"
         for e in shown
@@ -253,6 +230,5 @@ def _table(measures: dict[str, Measure]) -> str:
     rows = []
     for name, m in measures.items():
         interval = f"{m.low:.3f} to {m.high:.3f}" if m.low is not None else ""
-        cells = "".join(f'<td class="number">{cell}</td>' for cell in (f"{m.value:.3f}", interval, m.n))
-        rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
-    return f"<table><tr><th>measure</th><th>value</th><th>95% interval</th><th>studies</th></tr>{''.join(rows)}</table>"
+        rows.append((name, f"{m.value:.3f}", interval, str(m.n)))
+    return table(("measure", "value", "95% interval", "studies"), rows)

@@ -12,7 +12,8 @@ from mmfm_jax.tasks.base import Task
 
 @functools.cache
 def task_types() -> dict[str, type[Task]]:
-    """Every task by the `kind` that names it in a configuration."""
+    """Every task by the `kind` that names it in a configuration, in alphabetical order whatever was imported first."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return {get_args(task.Config.model_fields["kind"].annotation)[0]: task for task in Task.__subclasses__()}
+    kinds = {get_args(task.Config.model_fields["kind"].annotation)[0]: task for task in Task.__subclasses__()}
+    return dict(sorted(kinds.items()))

@@ -7,9 +7,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt32
 from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from mmfm_jax.config import ModelConfig, TaskConfig
@@ -18,7 +17,9 @@ from mmfm_jax.errors import UserError
 from mmfm_jax.model.attention import Attention
 from mmfm_jax.model.layers import Linear, RMSNorm, Table
 from mmfm_jax.model.multimodal import Encoded, modality
-from mmfm_jax.tasks.base import Metrics, Task, Views, mean_where
+from mmfm_jax.model.tokens import Tokens, join
+from mmfm_jax.tasks.base import Metrics, Task, Views
+from mmfm_jax.tasks.pairs import contrast
 
 Modality = Literal["image", "text", "table"]
 LARGEST_SCALE = 100.0  # as in CLIP
@@ -56,11 +57,10 @@ class Pool(nnx.Module):
         self.norm = RMSNorm(width)
         self.project = Linear(width, embedding, ("width", None), rngs)
 
-    def __call__(
-        self, x: Float[Array, "batch token width"], present: Bool[Array, "batch token"]
-    ) -> Float[Array, "batch embedding"]:
-        query = jnp.broadcast_to(self.query.all, (len(x), *self.query.all.shape)).astype(x.dtype)
-        pooled = self.project(self.norm(self.attend(query, x, present)[:, 0])).astype(jnp.float32)
+    def __call__(self, tokens: Tokens) -> Float[Array, "batch embedding"]:
+        query = jnp.broadcast_to(self.query.all, (len(tokens.x) * tokens.studies, *self.query.all.shape))
+        seen = self.attend(query.astype(tokens.x.dtype), tokens.x, tokens.seen_by(1))
+        pooled = self.project(self.norm(seen[:, 0])).astype(jnp.float32)
         return pooled * jax.lax.rsqrt(jnp.square(pooled).sum(axis=-1, keepdims=True) + 1e-12)
 
 
@@ -87,50 +87,25 @@ class Contrastive(Task):
         return {side: self._embed(side, views.encoded) for side in self.config.between}
 
     def _embed(self, side: str, encoded: Encoded):
-        parts = [tokens for part, tokens in encoded.items() if modality(part) == side]
-        present = jnp.concatenate([tokens.present for tokens in parts], axis=1)
-        return self.pool[side](jnp.concatenate([tokens.x for tokens in parts], axis=1), present), present.any(axis=1)
+        tokens = join([tokens for part, tokens in encoded.items() if modality(part) == side])
+        return self.pool[side](tokens), tokens.held
 
     def loss(self, views: Views, rng: jax.Array) -> tuple[Float[Array, ""], Metrics]:
         (a, a_present), (b, b_present) = self.embed(views).values()
-        paired = a_present & b_present
-        compared = paired[:, None] & paired[None, :]
-        if self.config.mask_duplicates and "text" in self.config.between:
-            compared &= ~same_text(views.batch) | jnp.eye(len(a), dtype=bool)
+        duplicates = self.config.mask_duplicates and "text" in self.config.between
         scale = jnp.minimum(jnp.exp(self.log_scale[...]), LARGEST_SCALE)
-        similarity = scale * a @ b.T
-        if self.bias is not None:
-            loss = sigmoid_loss(similarity + self.bias[...], compared)
-        else:
-            loss = softmax_loss(similarity, compared)
-        hit = jnp.where(compared, similarity, -jnp.inf).argmax(axis=1) == jnp.arange(len(a))
-        return loss, {"accuracy": mean_where(hit.astype(jnp.float32), paired), "scale": scale}
+        loss, accuracy = contrast(
+            self.config.loss, a, b, a_present & b_present, scale, None if self.bias is None else self.bias[...],
+            text_hash(views.batch) if duplicates else None,
+        )  # fmt: skip
+        return loss, {"accuracy": accuracy, "scale": scale}
 
 
-def sigmoid_loss(logits: Float[Array, "batch batch"], compared: Bool[Array, "batch batch"]) -> Float[Array, ""]:
-    """Each compared pair is a yes-no question, yes on the diagonal; the sum over the number of studies with both."""
-    sign = 2 * jnp.eye(len(logits)) - 1
-    studies = jnp.maximum(jnp.diag(compared).sum(), 1)
-    return -jnp.where(compared, jax.nn.log_sigmoid(sign * logits), 0).sum() / studies
-
-
-def softmax_loss(logits: Float[Array, "batch batch"], compared: Bool[Array, "batch batch"]) -> Float[Array, ""]:
-    """Cross-entropy of each study's partner among those compared, both ways, averaged."""
-    paired, partner = jnp.diag(compared), jnp.arange(len(logits))
-
-    def one_way(logits, compared):
-        masked = jnp.where(compared | jnp.eye(len(logits), dtype=bool), logits, -1e9)
-        return mean_where(optax.softmax_cross_entropy_with_integer_labels(masked, partner), paired)
-
-    return (one_way(logits, compared) + one_way(logits.T, compared.T)) / 2
-
-
-def same_text(batch: Batch) -> Bool[Array, "batch batch"]:
-    """Whether two studies have the same tokens in every text field, by a 64-bit hash of each study's tokens."""
+def text_hash(batch: Batch) -> UInt32[Array, "batch 2"]:
+    """64 bits of each study's tokens in every text field."""
     tokens = jnp.concatenate([text.tokens for _, text in sorted(batch.texts.items())], axis=1).astype(jnp.uint32)
     salt = np.random.default_rng(0).integers(1, 2**32, (2, tokens.shape[1]), dtype=np.uint32) | np.uint32(1)
-    first, second = (_mixed(tokens, row) for row in salt)
-    return (first[:, None] == first) & (second[:, None] == second)
+    return jnp.stack([_mixed(tokens, row) for row in salt], axis=1)
 
 
 def _mixed(tokens, salt):

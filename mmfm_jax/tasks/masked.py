@@ -8,7 +8,7 @@ hidden of one modality can be read off the others, for the decoder sees nothing 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -20,14 +20,17 @@ from jaxtyping import Bool, Float, Int
 from pydantic import PositiveInt
 
 from mmfm_jax.config import ModelConfig, Probability, TaskConfig, TransformerConfig
-from mmfm_jax.data.batch import PAD, Array, Batch, InputSpec
+from mmfm_jax.data.batch import PAD, Array, Batch, InputSpec, PackedPart
 from mmfm_jax.errors import UserError
 from mmfm_jax.model.decoder import Decoder
 from mmfm_jax.model.layers import Linear, Table
 from mmfm_jax.model.multimodal import Hidden, table_present
 from mmfm_jax.model.position import angles_1d, angles_3d, waves
-from mmfm_jax.model.vision import patch_centres_mm, patches
+from mmfm_jax.model.tokens import Tokens, join
+from mmfm_jax.model.vision import as_patches
 from mmfm_jax.tasks.base import Metrics, Task, Views, mean_where
+from mmfm_jax.tasks.hiding import hide
+from mmfm_jax.tasks.vocabulary import chunked_cross_entropy
 
 
 class MaskedConfig(TaskConfig):
@@ -48,9 +51,10 @@ class MaskedConfig(TaskConfig):
 class Masks:
     """What is hidden of each study."""
 
-    patches: dict[str, Int[Array, "batch hidden"]]
-    kept: dict[str, Int[Array, "batch kept"]]
-    """The patches that are not hidden, ascending."""
+    shown: dict[str, PackedPart]
+    """The patches of each role that are not hidden."""
+    patches: dict[str, PackedPart]
+    """Those that are."""
     tokens: dict[str, tuple[Int[Array, "batch chosen"], Bool[Array, "batch chosen"]]]
     """Positions, and which of them count."""
     columns: Bool[Array, "batch column"]
@@ -98,7 +102,7 @@ class Masked(Task):
         (squared error of standardised numbers, cross-entropy of categories)."""
         masks = self._draw(views.batch, rng)
         hidden = Hidden(
-            kept_patches=masks.kept,
+            images=masks.shown,
             tokens={
                 field: _marked(chosen, valid, views.batch.texts[field].tokens.shape[1])
                 for field, (chosen, valid) in masks.tokens.items()
@@ -110,55 +114,57 @@ class Masked(Task):
         return sum(metrics.values(), start=jnp.zeros(())), metrics
 
     def _draw(self, batch: Batch, rng: jax.Array) -> Masks:
-        """What to hide of each study. Patches: a fixed number, so that shapes are static."""
+        """What to hide of each study."""
         rngs, studies = jax.random.split(rng, len(self.shapes) + len(self.fields) + 1), batch.study.shape[0]
-        patches_hidden, kept, tokens = {}, {}, {}
+        shown, patches, tokens = {}, {}, {}
         for key, (role, shape) in zip(rngs, self.shapes):
-            count = math.prod(shape.grid)
-            order = jax.random.uniform(key, (studies, count)).argsort(axis=1)
-            cut = min(max(round(self.config.image * count), 1), count - 1)
-            patches_hidden[role], kept[role] = order[:, :cut], jnp.sort(order[:, cut:], axis=1)
+            whole = batch.packed[role] if role in batch.packed else as_patches(batch.images[role], shape)
+            shown[role], patches[role] = hide(whole, self.config.image, math.prod(shape.grid), key)
         for key, field in zip(rngs[len(self.shapes) :], self.fields):
             text = batch.texts[field]
             tokens[field] = choose(key, (text.tokens != PAD) & text.present[:, None], self.config.text)
         columns = jax.random.bernoulli(rngs[-1], self.config.table, (studies, self.numbers + self.categories))
-        return Masks(patches_hidden, kept, tokens, columns)
+        return Masks(shown, patches, tokens, columns)
 
     def _decode(self, latents: Float[Array, "batch latent width"], masks: Masks, batch: Batch) -> list[jax.Array]:
-        """What the decoder answers for each hidden place: of each role, of each field, then of all columns."""
-        queries = [self._image_queries(i, role, masks.patches[role], batch) for i, (role, _) in enumerate(self.shapes)]
+        """What the decoder answers for each hidden place: of each role (in the rows of its patches), of each field,
+        then of all columns."""
+        queries = [self._image_queries(i, masks.patches[role]) for i, (role, _) in enumerate(self.shapes)]
         queries += [self._text_queries(i, field, masks.tokens[field][0], batch) for i, field in enumerate(self.fields)]
         if self.columns is not None:
             own = self.query.all[len(self.shapes) + len(self.fields) :]
-            queries.append(jnp.broadcast_to(own, (len(latents), *own.shape)))
-        decoded = self.decoder(jnp.concatenate(queries, axis=1).astype(latents.dtype), latents)
-        ends = np.cumsum([query.shape[1] for query in queries])
-        return jnp.split(decoded.astype(jnp.float32), ends[:-1], axis=1)
+            queries.append(_of_all(jnp.broadcast_to(own, (len(latents), *own.shape))))
+        joined = join(queries)
+        joined = replace(joined, x=joined.x.astype(latents.dtype))
+        decoded = self.decoder(joined, latents).astype(jnp.float32)
+        lengths = [query.in_rows_of(joined.studies).x.shape[1] for query in queries]
+        answers = jnp.split(decoded, np.cumsum(lengths)[:-1], axis=1)
+        return [answer.reshape(*query.x.shape[:2], -1) for answer, query in zip(answers, queries)]
 
     def _score(self, answers: list[jax.Array], masks: Masks, batch: Batch) -> Metrics:
         remaining, metrics = iter(answers), {}
-        for role, shape in self.shapes:
-            image = batch.images[role]
-            target = jnp.take_along_axis(patches(image.voxels, shape), masks.patches[role][:, :, None], axis=1)
-            error = jnp.square(self.voxels[role](next(remaining)) - target).mean(axis=-1)
-            metrics[f"image/{role}"] = mean_where(error, image.present[:, None])
+        for role, _ in self.shapes:
+            hidden = masks.patches[role]
+            error = jnp.square(self.voxels[role](next(remaining)) - hidden.patches).mean(axis=-1)
+            metrics[f"image/{role}"] = mean_where(error, hidden.valid)
         for field in self.fields:
             chosen, valid = masks.tokens[field]
             target = jnp.take_along_axis(batch.texts[field].tokens, chosen, axis=1)
-            entropy = optax.softmax_cross_entropy_with_integer_labels(self.tokens(next(remaining)), target)
+            kernel, bias = self.tokens.kernel[...], self.tokens.bias[...]
+            entropy, _ = chunked_cross_entropy(next(remaining), kernel, bias, target)
             metrics[f"text/{field}"] = mean_where(entropy, valid)
         if self.columns is not None:
             metrics |= self._column_losses(self.columns(next(remaining)), masks.columns, batch)
         return metrics
 
-    def _image_queries(self, part: int, role: str, hidden: Int[Array, "batch hidden"], batch: Batch):
-        centres = patch_centres_mm(batch.images[role].spacing_mm, dict(self.shapes)[role])
-        angles = angles_3d(jnp.take_along_axis(centres, hidden[:, :, None], axis=1), self.width, self.wavelengths_mm)
-        return self.query.all[part] + self.place(waves(angles))
+    def _image_queries(self, part: int, hidden: PackedPart) -> Tokens:
+        angles = angles_3d(hidden.centres_mm, self.width, self.wavelengths_mm)
+        x = self.query.all[part] + self.place(waves(angles))
+        return _of_all(x) if hidden.segment is None else Tokens(x, hidden.segment, hidden.studies)
 
-    def _text_queries(self, index: int, field: str, hidden: Int[Array, "batch hidden"], batch: Batch):
+    def _text_queries(self, index: int, field: str, hidden: Int[Array, "batch hidden"], batch: Batch) -> Tokens:
         angles = jnp.asarray(angles_1d(batch.texts[field].tokens.shape[1], self.width), jnp.float32)
-        return self.query.all[len(self.shapes) + index] + self.place(waves(angles)[hidden])
+        return _of_all(self.query.all[len(self.shapes) + index] + self.place(waves(angles)[hidden]))
 
     def _column_losses(
         self, answers: Float[Array, "batch column output"], hidden: Bool[Array, "batch column"], batch: Batch
@@ -179,6 +185,11 @@ class Masked(Task):
             asked = hidden[:, self.numbers :] & table.category_present & held
             losses["table/categories"] = mean_where(jnp.stack(entropies, axis=1), asked)
         return losses
+
+
+def _of_all(x: Float[Array, "batch query width"]) -> Tokens:
+    """Queries that every study has."""
+    return Tokens(x, jnp.ones(x.shape[:2], jnp.int32))
 
 
 def choose(

@@ -9,7 +9,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from mmfm_jax.evaluate import figures, report
+from mmfm_jax.data.slices import Slice, scale_bar_mm, scaled_slice
+from mmfm_jax.evaluate import report
 from mmfm_jax.evaluate.metrics import Measure
 from mmfm_jax.evaluate.protocols import Predictions
 
@@ -20,7 +21,7 @@ def page(**changes):
     rng = np.random.default_rng(0)
     label = rng.integers(0, 2, 40)
     log_probability = np.log(rng.dirichlet([1, 1], 40))
-    image = figures.Slice(rng.random((8, 8, 1)), (2.0, 2.0))
+    image = Slice(rng.random((8, 8, 1)), (2.0, 2.0))
     content = {
         "title": "demo <run>",
         "facts": "Step 3.",
@@ -111,13 +112,13 @@ def test_history_survives_a_cut_line_and_a_resume(tmp_path):
 
 @pytest.mark.parametrize("extent, bar", [(30, 10), (60, 20), (64, 20), (14, 2), (300, 100), (5, 1), (0.9, 0.2)])
 def test_scale_bar_is_round_and_at_most_a_third(extent, bar):
-    assert figures.scale_bar_mm(extent) == pytest.approx(bar)
+    assert scale_bar_mm(extent) == pytest.approx(bar)
 
 
 def test_slices_of_one_frame_show_true_sizes_and_a_bar_of_true_length():
     """Read off the axes: a 10 mm slice covers half a 20 mm frame, and the bar has the length it states."""
-    image = figures.Slice(np.ones((5, 10, 1)), (2.0, 1.0))
-    axes = figures.scaled_slice(image, (20.0, 20.0)).axes[0]
+    image = Slice(np.ones((5, 10, 1)), (2.0, 1.0))
+    axes = scaled_slice(image, (20.0, 20.0)).axes[0]
     left, right, bottom, top = axes.images[0].get_extent()
     assert (right - left, bottom - top) == (10, 10)
     assert np.ptp(axes.get_xlim()) == 20 and np.ptp(axes.get_ylim()) == 20

@@ -53,7 +53,7 @@ def spoil(batch, number, index):
     return dataclasses.replace(batch, images=images, texts=texts, table=table, labels=labels)
 
 
-@pytest.mark.parametrize("task", ["image_text", "image_table", "masked", "disease"])
+@pytest.mark.parametrize("task", ["image_text", "image_table", "masked", "disease", "caption"])
 def test_what_stands_in_absent_parts_changes_neither_loss_nor_gradient(task, material, learner):
     graph, state = nnx.split(learner)
 
@@ -116,6 +116,11 @@ def test_a_mean_over_nothing_is_zero_and_has_no_gradient():
     "field, value, said",
     [
         ("tasks.disease.label", "grade", "tasks.disease.label: the store has no label grade; it has disease"),
+        (
+            "tasks.caption",
+            {"kind": "caption", "field": "history", "decoder": {"width": 16, "depth": 1, "heads": 2}},
+            "tasks.caption.field: the inputs hold no text history; they hold report",
+        ),
         ("tasks.image_text.between", ["image", "image"], "between names image twice"),
         ("tasks.image_text.between", ["image", "video"], "tasks.image_text.contrastive.between.1"),
         ("tasks.image_text.kind", "contrastiv", "tasks.image_text"),
@@ -128,4 +133,4 @@ def test_wrong_task_configurations_are_named(make_experiment, material, field, v
 
 
 def test_every_task_file_is_a_task_of_its_own_kind():
-    assert set(task_types()) == {"contrastive", "masked", "classification"}
+    assert set(task_types()) == {"contrastive", "masked", "classification", "caption"}
