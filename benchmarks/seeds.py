@@ -35,11 +35,13 @@ def mmfm(*arguments: str) -> None:
     subprocess.run([Path(sys.executable).with_name("mmfm"), *arguments], check=True)
 
 
-def measured(split_key: str, seed: int) -> dict[str, dict[str, float]]:
-    """The measures of one run by name, trained and evaluated here."""
-    store, run = SPLIT_KEYS[split_key], RUNS / f"{split_key}-{seed}"
+def measured(split_key: str, seed: int, share: float = 1.0) -> dict[str, dict[str, float]]:
+    """The measures of one run by name, trained here on a share of the training patients and evaluated."""
+    store = SPLIT_KEYS[split_key]
+    run = RUNS / (f"{split_key}-{seed}" if share == 1 else f"{split_key}-{seed}-share-{share:g}")
     mmfm("sample", "lidc", "--out", store, "--split-key", split_key)
-    mmfm("train", CONFIG, "--run", str(run), "--seed", str(seed), "--data.store", store)
+    data = ("--data.store", store, "--data.train-share", str(share))
+    mmfm("train", CONFIG, "--run", str(run), "--seed", str(seed), *data)
     mmfm("evaluate", str(run))
     return json.loads((run / "evaluation.json").read_text())
 

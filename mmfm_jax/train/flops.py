@@ -6,7 +6,13 @@ import math
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.extend import core
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from mmfm_jax.data.batch import Batch, InputSpec
+from mmfm_jax.data.transforms import prepare
+from mmfm_jax.parallel.mesh import AXES
 
 PEAK_TFLOPS = {  # dense bf16, a chip, as the vendors publish them
     "TPU v4": 275.0,
@@ -16,12 +22,17 @@ PEAK_TFLOPS = {  # dense bf16, a chip, as the vendors publish them
     "TPU v5p": 459.0,
     "TPU v6 lite": 918.0,
     "TPU v6e": 918.0,
+    "TPU7x": 1153.5,  # of a device, which is half a chip
     "NVIDIA A100-SXM4-40GB": 312.0,
     "NVIDIA A100-SXM4-80GB": 312.0,
     "NVIDIA H100 80GB HBM3": 989.0,
     "NVIDIA H100 PCIe": 756.0,
     "NVIDIA H200": 989.0,
 }
+
+ONE_CPU = AbstractMesh(
+    (1,) * len(AXES), AXES, (AxisType.Auto,) * len(AXES), abstract_device=AbstractDevice("cpu", None, "cpu")
+)
 
 
 def peak_flops(device: Any) -> float | None:
@@ -39,6 +50,21 @@ def model_flops(function, *shapes) -> float:
     return _count(jax.make_jaxpr(function)(*shapes).jaxpr)
 
 
+def step_flops(graph: nnx.GraphDef, spec: InputSpec, params: nnx.State, batch: Batch) -> float:
+    """Model FLOPs of a training step of one global batch: 3 x forward of the losses.
+
+    Traced as for one CPU, so that the count does not depend on which kernel attends or how the mesh splits the work.
+    """
+
+    def loss(params, batch):
+        return nnx.merge(graph, params).loss(prepare(batch, spec, None, None), jax.random.key(0), train=True)
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, batch))
+    # JAX lets a mesh give way to one of another size only by way of none.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())), jax.sharding.use_abstract_mesh(ONE_CPU):
+        return 3 * model_flops(loss, *shapes)
+
+
 def _count(jaxpr: core.Jaxpr) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
@@ -52,8 +78,21 @@ def _count(jaxpr: core.Jaxpr) -> float:
             channels_out = kernel[params["dimension_numbers"].rhs_spec[0]]
             total += 2 * math.prod(out) * math.prod(kernel) / channels_out
         inner = [_count(sub) for sub in _inner(params)]
-        total += max(inner, default=0.0) if name == "cond" else sum(inner) * (params["length"] if name == "scan" else 1)
+        total += max(inner, default=0.0) if name == "cond" else sum(inner) * _times(name, params)
     return total
+
+
+def _times(name: str, params: dict) -> int:
+    """How often an equation runs its program: turns of a scan; the grid of a kernel; shards of a shard_map, where
+    devices that hold the same shard repeat one another's work and count once."""
+    if name == "scan":
+        return params["length"]
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    if name == "shard_map":
+        split = {axis for names in params["in_specs"] for axis in jax.tree.leaves(tuple(names))}
+        return math.prod(params["mesh"].shape[axis] for axis in split)
+    return 1
 
 
 def _shape(variable: Any) -> tuple[int, ...]:

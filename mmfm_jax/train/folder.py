@@ -6,12 +6,14 @@ tokenizer.json     Hugging Face format
 checkpoints/       orbax, a folder a step
 metrics.jsonl      one line a logged step
 tensorboard/
+stalls/            Python stacks of each process that stood still
 evaluation.json, report.html   by `mmfm evaluate`
 """
 
 from __future__ import annotations
 
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,15 @@ MAY_CHANGE = (  # what a run may go on with changed: none of it alters the mathe
     "checkpoint",
     "evaluate",
     "data.store",  # it may have moved; inputs.json must still agree
+    "data.mix.*.store",
     "data.reader_threads",
     "data.prefetch_batches",
+    "data.cache_bytes",
     "train.log_every",
     "train.validate_every",
     "train.validate_batches",
     "train.max_skipped",
+    "train.stall_minutes",
 )
 
 
@@ -74,7 +79,7 @@ def check_same(run: Path, held: Experiment, asked: Experiment) -> None:
     """Raises UserError that names the first field in which a run may not go on as asked."""
     before, now = (_flat(experiment.model_dump(mode="json")) for experiment in (held, asked))
     for field in sorted(before.keys() | now.keys()):
-        if before.get(field) == now.get(field) or any(f"{field}.".startswith(f"{free}.") for free in MAY_CHANGE):
+        if before.get(field) == now.get(field) or any(fnmatchcase(f"{field}.", f"{free}.*") for free in MAY_CHANGE):
             continue
         raise UserError(
             f"{run / CONFIG}: this run was started with {field} {before.get(field, 'not set')} and is now asked to go "

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +20,24 @@ from rich.console import Console
 
 from mmfm_jax.config import Experiment
 from mmfm_jax.data.batch import InputSpec
+from mmfm_jax.data.mix import StoreMix, open_data
 from mmfm_jax.data.pipeline import Samples, evaluation_batches, local_batches, make_spec, training_rows
 from mmfm_jax.data.store import StudyStore
 from mmfm_jax.data.tokenizer import Tokenizer
 from mmfm_jax.errors import UserError
 from mmfm_jax.parallel import sharding
+from mmfm_jax.parallel.fit import check_fit
 from mmfm_jax.parallel.mesh import make_mesh
+from mmfm_jax.parallel.processes import meet
 from mmfm_jax.train import folder
 from mmfm_jax.train.checkpoint import Checkpoints
-from mmfm_jax.train.flops import model_flops, peak_flops
+from mmfm_jax.train.clock import Clock
+from mmfm_jax.train.flops import peak_flops, step_flops
 from mmfm_jax.train.optimizer import make_optimizer
 from mmfm_jax.train.state import initial_state, learner_shapes, state_shardings
-from mmfm_jax.train.step import make_step, make_validation
-from mmfm_jax.train.telemetry import Clock, Telemetry
+from mmfm_jax.train.step import jitted_step, make_validation
+from mmfm_jax.train.telemetry import Telemetry
+from mmfm_jax.train.watchdog import Watchdog
 
 AHEAD = 2  # steps given to the device before the metrics of the first are read
 
@@ -42,27 +49,32 @@ class Outcome:
     """By SIGTERM, before the last step."""
 
 
-def train(experiment: Experiment, run: str | Path, console: Console | None = None) -> Outcome:
+def train(
+    experiment: Experiment, run: str | Path, console: Console | None = None, clock: Clock | None = None
+) -> Outcome:
     """Trains to `experiment.train.steps`; a run that holds a checkpoint goes on from its newest.
+
+    `clock` runs since the process started; without one, time counts from here.
 
     Raises UserError when configuration, store, mesh and run do not fit together, or gradients stay non-finite.
     """
-    run, console, clock = Path(run), console or Console(), Clock()
-    speaks = jax.process_index() == 0
-    mesh = make_mesh(experiment.mesh)
+    run, console, clock = Path(run), console or Console(), clock or Clock()
+    with clock("devices"):
+        speaks = jax.process_index() == 0
+        mesh = make_mesh(experiment.mesh)
     config = experiment.train
-    sharding.check_batch_size(config.batch_size, config.accumulate, mesh)
-    store = StudyStore.open(experiment.data.store)
-    spec, tokenizer = start_or_resume(experiment, store, run, speaks)
-
-    samples = Samples(store, experiment.inputs, spec, tokenizer)
+    check_fit(experiment, mesh)
+    with clock("store"):
+        store = open_data(experiment.data)
+        spec, tokenizer = start_or_resume(experiment, store, run, speaks)
+        samples = Samples(store, experiment.inputs, spec, tokenizer)
     optimizer = make_optimizer(experiment.optimizer, config.steps)
     graph, _ = learner_shapes(experiment, spec)
     shapes = jax.eval_shape(lambda: initial_state(experiment, spec, optimizer))
     shardings = state_shardings(shapes, mesh)
     checkpoints = Checkpoints(run, experiment.checkpoint)
     first = checkpoints.latest()
-    with clock("compile"), jax.set_mesh(mesh):
+    with clock("init" if first is None else "restore"), jax.set_mesh(mesh):
         if first is None:
             first = 0
             state = jax.jit(lambda: initial_state(experiment, spec, optimizer), out_shardings=shardings)()
@@ -75,9 +87,8 @@ def train(experiment: Experiment, run: str | Path, console: Console | None = Non
     rows = sharding.local_rows(config.batch_size, mesh)
     data = local_batches(
         training_rows(samples, "train", experiment.seed), config.batch_size, rows, first,
-        experiment.data.reader_threads, experiment.data.prefetch_batches,
+        experiment.data.reader_threads, experiment.data.prefetch_batches, samples.packed,
     )  # fmt: skip
-    by_study, whole = sharding.by_study(mesh), sharding.replicated(mesh)
 
     def next_batch():
         with clock("data"):
@@ -88,24 +99,17 @@ def train(experiment: Experiment, run: str | Path, console: Console | None = Non
         stack.enter_context(jax.set_mesh(mesh))
         stack.callback(data.close)
         stack.callback(checkpoints.close)
-        telemetry = Telemetry(run, first, config.steps, console, speaks)
+        telemetry = Telemetry(run, first, config.steps, console, speaks, clock)
         stack.callback(telemetry.close)
+        watchdog = Watchdog(run, config.stall_minutes, first, clock, warn)
+        stack.callback(watchdog.close)
         stopping = stack.enter_context(StopSignal())
 
         batch = next_batch()
-        step_function = make_step(graph, experiment, spec, optimizer)
         with clock("compile"):
-            step = (
-                jax.jit(
-                    step_function,
-                    in_shardings=(shardings, by_study),
-                    out_shardings=(shardings, whole),
-                    donate_argnums=0,
-                )
-                .lower(state, batch)
-                .compile()
-            )
-            flops = 3 * step_flops(graph, spec, shapes.params, batch)
+            step = jitted_step(graph, experiment, spec, optimizer, shardings, mesh).lower(state, batch).compile()
+            flops = step_flops(graph, spec, shapes.params, batch)
+            meet("step compiled")
         validate = Validation(experiment, graph, samples, spec, mesh, rows)
         meter = Meter(config.batch_size, flops, mesh)
         in_flight: deque = deque()
@@ -118,6 +122,7 @@ def train(experiment: Experiment, run: str | Path, console: Console | None = Non
                 with clock("train"):
                     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 telemetry.advance(number)
+                watchdog.ended(number)
                 if metrics["skipped_in_a_row"] >= config.max_skipped:
                     raise UserError(
                         f"train: the gradient was not finite in the last {config.max_skipped} steps (step {number}); "
@@ -128,7 +133,13 @@ def train(experiment: Experiment, run: str | Path, console: Console | None = Non
 
         meter.start(first, clock)
         for number in range(first + 1, config.steps + 1):
-            state, metrics = step(state, batch)
+            watchdog.begins(number)
+            with clock("train"):
+                state, metrics = step(state, batch)
+                if number == first + 1:
+                    jax.block_until_ready(metrics)
+            if number == first + 1:
+                telemetry.first_step_ended()
             in_flight.append((number, metrics))
             if number < config.steps:
                 batch = next_batch()
@@ -139,16 +150,18 @@ def train(experiment: Experiment, run: str | Path, console: Console | None = Non
                 with clock("validate"):
                     validation = validate(state.params if state.average is None else state.average)
                 telemetry.log(number, validation)
+                watchdog.ended(number)
             if number % experiment.checkpoint.every == 0 or last or stopped:
                 settle(0)
                 measured = number % config.validate_every == 0 or last
                 with clock("save"):
                     checkpoints.save(number, state, validation if measured else {})
+                watchdog.ended(number)
             if stopped:
                 break
         with clock("save"):
             checkpoints.wait()
-        telemetry.log(number, clock.shares())
+        telemetry.finish(number)
     if stopped and number < config.steps:
         console.print(
             f"Stopped at step {number} of {config.steps} and saved; the same command goes on from there.",
@@ -157,31 +170,40 @@ def train(experiment: Experiment, run: str | Path, console: Console | None = Non
     return Outcome(number, stopped=number < config.steps)
 
 
-def start_or_resume(experiment: Experiment, store: StudyStore, run: Path, writes: bool) -> tuple[InputSpec, Tokenizer]:
+def warn(line: str) -> None:
+    """On stderr, where the lines of every process of a run can be seen."""
+    print(f"mmfm: {line}", file=sys.stderr, flush=True)
+
+
+def start_or_resume(
+    experiment: Experiment, store: StudyStore | StoreMix, run: Path, writes: bool
+) -> tuple[InputSpec, Tokenizer]:
     """The specification and tokenizer of a run: those in its folder, or new ones written there by the first process."""
     for split in ("train", "validation"):
         store.rows(split)
     if folder.exists(run):
         held, spec, tokenizer = folder.read(run)
         folder.check_same(run, held, experiment)
-        now = make_spec(experiment.inputs, store.schema, store.stats, tokenizer)
+        now = make_spec(
+            experiment.inputs, store.schema, store.stats, tokenizer, store.windows(experiment.inputs.images)
+        )
         if now != spec:
             raise UserError(
-                f"{experiment.data.store}: is not the store that {run} was trained on (its shapes, vocabularies or "
+                f"{store.url}: is not the store that {run} was trained on (its shapes, vocabularies or "
                 "statistics differ); give that store, or another --run to start anew"
             )
     elif run.exists() and any(run.iterdir()) and not _only_leftovers(run):
         raise UserError(f"{run}: holds files but no run; give another --run, or an empty folder")
     else:
         tokenizer = make_tokenizer(experiment, store)
-        spec = make_spec(experiment.inputs, store.schema, store.stats, tokenizer)
+        spec = make_spec(
+            experiment.inputs, store.schema, store.stats, tokenizer, store.windows(experiment.inputs.images)
+        )
         learner_shapes(experiment, spec)  # every task agrees with the inputs before anything is written
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("run folder read")
+    meet("run folder read")
     if writes:
         folder.write(run, experiment, spec, tokenizer)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("run folder written")
+    meet("run folder written")
     return spec, tokenizer
 
 
@@ -191,24 +213,11 @@ def _only_leftovers(run: Path) -> bool:
     return all(path.name in ours or path.name.endswith(".partial") for path in run.iterdir())
 
 
-def make_tokenizer(experiment: Experiment, store: StudyStore) -> Tokenizer:
+def make_tokenizer(experiment: Experiment, store: StudyStore | StoreMix) -> Tokenizer:
     """The given tokenizer, or one trained on the texts of the store's training patients."""
     if experiment.data.tokenizer:
         return Tokenizer.load(experiment.data.tokenizer)
     return Tokenizer.train(store.texts(store.rows("train")), experiment.data.vocabulary_size)
-
-
-def step_flops(graph, spec: InputSpec, params, batch) -> float:
-    """Forward FLOPs of the losses of one global batch."""
-    from flax import nnx
-
-    from mmfm_jax.data.transforms import prepare
-
-    def loss(params, batch):
-        return nnx.merge(graph, params).loss(prepare(batch, spec, None, None), jax.random.key(0), train=True)
-
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    return model_flops(loss, params, shapes)
 
 
 class Validation:
@@ -220,14 +229,18 @@ class Validation:
             len(samples.store.rows("validation")), self._config.validate_batches * self._config.batch_size
         )
         self._validate = jax.jit(make_validation(graph, experiment, spec), out_shardings=sharding.replicated(mesh))
+        self._compiled: Any = None
 
     def __call__(self, params) -> dict[str, float]:
         """By `validation/METRIC`."""
         size, sums = self._config.batch_size, {}
         batches = evaluation_batches(self._samples, "validation", size, self._rows, self._studies)
         for count, local in enumerate(batches, 1):
-            batch = sharding.global_batch(local, self._rows, size, self._mesh)
-            for name, value in jax.device_get(self._validate(params, batch, jnp.int32(count))).items():
+            given = (params, sharding.global_batch(local, self._rows, size, self._mesh), jnp.int32(count))
+            if self._compiled is None:
+                self._compiled = self._validate.lower(*given).compile()
+                meet("validation compiled")
+            for name, value in jax.device_get(self._compiled(*given)).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         return {f"validation/{name}": value / count for name, value in sums.items()}
 

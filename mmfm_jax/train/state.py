@@ -16,6 +16,7 @@ from mmfm_jax.config import Experiment
 from mmfm_jax.data.batch import InputSpec
 from mmfm_jax.parallel import sharding
 from mmfm_jax.tasks.learner import Learner
+from mmfm_jax.train import groups
 
 
 @jax.tree_util.register_dataclass
@@ -24,6 +25,7 @@ class TrainState:
     params: nnx.State
     """Float32."""
     optimizer: optax.OptState
+    """Of the parameters that are not frozen."""
     average: nnx.State | None
     """Exponential moving average of `params`, if the run keeps one."""
     step: Int[Array, ""]
@@ -36,8 +38,13 @@ class TrainState:
 
 
 def learner_shapes(experiment: Experiment, spec: InputSpec) -> tuple[nnx.GraphDef, nnx.State]:
-    """The structure of the learner and the shapes of its parameters; nothing is allocated."""
-    return nnx.split(nnx.eval_shape(lambda: Learner(experiment, spec, nnx.Rngs(params=jax.random.key(0)))))
+    """The structure of the learner and the shapes of its parameters; nothing is allocated.
+
+    Raises UserError when a task or a parameter group does not fit it.
+    """
+    graph, params = nnx.split(nnx.eval_shape(lambda: Learner(experiment, spec, nnx.Rngs(params=jax.random.key(0)))))
+    groups.check(experiment.optimizer.groups, params)
+    return graph, params
 
 
 def initial_state(experiment: Experiment, spec: InputSpec, optimizer: optax.GradientTransformation) -> TrainState:
@@ -46,7 +53,7 @@ def initial_state(experiment: Experiment, spec: InputSpec, optimizer: optax.Grad
     params = nnx.state(Learner(experiment, spec, nnx.Rngs(params=jax.random.fold_in(key, 0))))
     return TrainState(
         params=params,
-        optimizer=optimizer.init(params),
+        optimizer=optimizer.init(groups.split(params, experiment.optimizer.groups)[0]),
         average=None if experiment.train.ema_decay is None else jax.tree.map(jnp.copy, params),
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),

@@ -4,51 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
-from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from mmfm_jax.train import folder
+from mmfm_jax.train import folder, goodput
+from mmfm_jax.train.clock import Clock
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
-ACTIVITIES = ("compile", "data", "train", "validate", "save")
-
-
-class Clock:
-    """Seconds of a run by activity; what no activity claims is `other`."""
-
-    def __init__(self):
-        self.started = time.perf_counter()
-        self.seconds: dict[str, float] = dict.fromkeys(ACTIVITIES, 0.0)
-
-    @contextlib.contextmanager
-    def __call__(self, activity: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[activity] += time.perf_counter() - start
-
-    def shares(self) -> dict[str, float]:
-        """Share of the time since the start, as `time/ACTIVITY`; they sum to 1."""
-        total = time.perf_counter() - self.started
-        shares = {f"time/{activity}": seconds / total for activity, seconds in self.seconds.items()}
-        return shares | {"time/other": max(0.0, 1 - sum(shares.values()))}
 
 
 class Telemetry:
     """Writes only on the first process of a run; the others stay silent."""
 
-    def __init__(self, run: Path, first_step: int, steps: int, console: Console, speaks: bool):
-        self._speaks = speaks
+    def __init__(self, run: Path, first_step: int, steps: int, console: Console, speaks: bool, clock: Clock):
+        self._speaks, self._first, self._console, self._clock = speaks, first_step, console, clock
         if not speaks:
             return
-        self._lines = _open_lines(run / METRICS, first_step)
+        self._ledger = goodput.Ledger(clock)
+        self._open_lines(run / METRICS)
         self._board = SummaryWriter(str(run / TENSORBOARD), purge_step=first_step)
         columns = (
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[told]}"),
@@ -65,10 +42,7 @@ class Telemetry:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if not self._speaks:
             return
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        finite = {name: value if _finite(value) else None for name, value in metrics.items()}
-        self._lines.write(json.dumps({"step": step, "time": now} | finite) + "\n")
-        self._lines.flush()
+        self._write(step, metrics, self._ledger.take("step"))
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
         if "samples_per_second" in metrics:
@@ -76,24 +50,61 @@ class Telemetry:
             told += f"  data wait {100 * metrics['data_wait']:.0f}%"
             self._bar.update(self._steps, told=told)
 
+    def first_step_ended(self) -> None:
+        """Says where the time went until the first step had ended."""
+        if not self._speaks:
+            return
+        parts = self._clock.start_up()
+        self._write(self._first, parts, {})
+        told = ", ".join(f"{name.removeprefix('start/')} {seconds:.1f}" for name, seconds in parts.items())
+        told = told.replace("data ", "first batch ").replace("train ", "first step ").rpartition(", total")[0]
+        self._console.print(f"First step after {parts['start/total']:.1f} s: {told}.", soft_wrap=True)
+
+    def finish(self, step: int) -> None:
+        """Logs and prints the goodput of the run so far, over all its starts."""
+        if not self._speaks:
+            return
+        self.log(step, self._clock.shares())
+        self._write(step, goodput.as_metrics(self._spent), {})
+        self._console.print(goodput.told(self._spent, self._starts), soft_wrap=True)
+
     def close(self) -> None:
         if self._speaks:
             self._bar.stop()
             self._lines.close()
             self._board.close()
 
+    def _write(self, step: int, metrics: dict[str, float], seconds: dict[str, float]) -> None:
+        self._lines.write(_line(step, metrics, seconds))
+        self._lines.flush()
+        self._spent = goodput.total(self._spent, seconds)
+
+    def _open_lines(self, path: Path) -> None:
+        """`metrics.jsonl` for appending, less what was logged of steps that are about to be taken again.
+
+        The line that opens a start holds its number, and the time that passed until here since the line before.
+        """
+        texts, lines = [], []
+        for text in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be cut short
+                lines.append(json.loads(text))
+                texts.append(text + "\n")
+        self._starts = 1 + max((line.get("start", 0) for line in lines), default=0)
+        started = datetime.now(UTC) - timedelta(seconds=self._clock.elapsed())
+        seconds = goodput.between(lines, self._first, started) | self._ledger.take("init")
+        kept = [text for text, line in zip(texts, lines) if line["step"] <= self._first]
+        self._spent = goodput.spent(line for line in lines if line["step"] <= self._first)
+        folder.replace(path, "".join(kept) + _line(self._first, {"start": self._starts}, seconds))
+        self._spent = goodput.total(self._spent, seconds)
+        self._lines = path.open("a")
+
+
+def _line(step: int, metrics: dict[str, float], seconds: dict[str, float]) -> str:
+    finite = {name: value if _finite(value) else None for name, value in metrics.items()}
+    passed = {goodput.PREFIX + kind: round(value, 4) for kind, value in seconds.items()}
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return json.dumps({"step": step, "time": now} | finite | passed) + "\n"
+
 
 def _finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
-
-
-def _open_lines(path: Path, first_step: int):
-    """`metrics.jsonl` for appending, less what was logged of steps that are about to be taken again."""
-    if path.exists():
-        kept = []
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be cut short
-                if json.loads(line)["step"] <= first_step:
-                    kept.append(line + "\n")
-        folder.replace(path, "".join(kept))
-    return path.open("a")

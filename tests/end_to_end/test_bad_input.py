@@ -49,6 +49,22 @@ def changed(config, tmp_path):
         ({"data.store": "/nowhere/store"}, "/nowhere/store: there is no store here"),
         ({"train.batch_size": 12}, "train.batch_size: 12"),
         ({"mesh": {"fsdp": 3}}, "mesh: data 1 x fsdp 3"),
+        ({"mesh": {"tensor": 8}}, "model.vision.heads: 2 heads do not divide over mesh.tensor 8; make them a multiple"),
+        ({"mesh": {"tensor": 8}}, "or mesh.tensor 2\n"),
+        ({"mesh": {"sequence": 4}}, "8 patches and 2 registers do not divide over mesh.sequence 4; make model.vision."),
+        ({"mesh": {"sequence": 4}}, "make model.vision.registers 4, or"),
+        (
+            {"mesh": {"sequence": 8}, "model.vision.registers": 0},
+            "inputs.texts.report.length: 12 tokens do not divide over mesh.sequence 8; make it 16",
+        ),
+        (
+            {
+                "mesh": {"sequence": 4},
+                "data.augment": {"flip": 0.5},
+                "inputs.images.ct.pack": {"studies": 2, "tokens": 10},
+            },
+            "inputs.images.ct.pack.tokens: 10 and 4 registers do not divide over mesh.sequence 4; make it 12",
+        ),
         ({"inputs.columns": ["age", "weight"]}, "weight"),
         ({"tasks.disease.label": "grade"}, "tasks.disease.label"),
         ({"data.vocabulary_size": 9}, "data.vocabulary_size 9"),

@@ -20,7 +20,18 @@ def test_two_processes_with_two_devices_each_see_the_batches_and_losses_of_one(m
     done = mmfm("train", config, "--run", tmp_path / "one", *options)
     assert done.returncode == 0, done.stderr
     launched = subprocess.run(
-        [ROOT / "launch/local.sh", "2", config, "--run", tmp_path / "two", *options, "--mesh.fsdp", "4"],
+        [
+            ROOT / "launch/local.sh",
+            "2",
+            config,
+            "--run",
+            tmp_path / "two",
+            *options,
+            "--mesh.data",
+            "4",
+            "--mesh.fsdp",
+            "1",
+        ],
         env=environment | {"MMFM_CPU_DEVICES": "2"},
         capture_output=True,
         text=True,

@@ -9,8 +9,13 @@ import optax
 import pytest
 from flax import nnx
 
-from mmfm_jax.config import OptimizerConfig
+from mmfm_jax.config import CheckpointConfig, MeshConfig, OptimizerConfig
 from mmfm_jax.data.transforms import prepare
+from mmfm_jax.parallel.mesh import make_mesh
+from mmfm_jax.plan.lower import make_program
+from mmfm_jax.train.checkpoint import Checkpoints
+from mmfm_jax.train.flops import model_flops
+from mmfm_jax.train.groups import names
 from mmfm_jax.train.optimizer import make_optimizer, matrices, schedule
 from mmfm_jax.train.state import initial_state, learner_shapes
 from mmfm_jax.train.step import checksum, make_step, split
@@ -34,6 +39,19 @@ ONE_TASK = {
 def simple(make_experiment, material):
     experiment = make_experiment({**ONE_TASK, "train.ema_decay": 0.9, "train.max_skipped": 3})
     return experiment, *build(experiment, material.spec)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_program_of_48_layers_is_as_long_as_that_of_12(make_experiment, material, remat):
+    def lines(depth: int) -> int:
+        deep = {f"model.{name}.depth": depth for name in ("vision", "text", "fusion")}
+        kept = {f"model.{name}.remat": remat for name in ("vision", "text", "fusion")}
+        experiment = make_experiment({**ONE_TASK, **deep, **kept})
+        program = make_program(experiment, material.spec, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
+        with jax.set_mesh(program.mesh):
+            return program.step.lower(program.state, program.batch).as_text().count("\n")
+
+    assert lines(48) == lines(12) > 1000
 
 
 def assert_trees_close(a, b, **tolerance):
@@ -162,3 +180,88 @@ def test_decay_is_for_matrices_and_not_for_stacks_of_vectors(simple):
 
 def not_a_vector(path: str) -> bool:
     return not ("scale" in path or "bias" in path) or "numbers" in path
+
+
+GROUPED = {
+    **ONE_TASK,
+    "train.ema_decay": 0.9,
+    "optimizer.kind": "muon",
+    "optimizer.state_dtype": "bfloat16",
+    "optimizer.weight_decay": 0.5,
+    "optimizer.groups": [
+        {"match": "model.vision.*", "frozen": True},
+        {"match": "model.text.*", "learning_rate_scale": 0.1, "layer_decay": 0.75},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def grouped(make_experiment, material):
+    experiment = make_experiment(GROUPED)
+    return experiment, *build(experiment, material.spec)
+
+
+def bits(tree) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def test_frozen_parameters_keep_every_bit_and_have_no_optimizer_state(grouped, material):
+    _, _, start, step = grouped
+    state = start
+    for _ in range(2):
+        state, _ = step(state, material.batch)
+    moved = 0
+    rows = zip(names(start.params), *map(bits, (start.params, state.params, state.average)))
+    for name, before, after, average in rows:
+        if name.startswith("model.vision."):
+            assert before == after == average, name
+        else:
+            moved += before != after
+    assert moved > 30
+    states = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.optimizer)}
+    assert any("['text']" in path for path in states) and not any("['vision']" in path for path in states)
+
+
+def test_the_clipped_norm_is_that_of_the_trained_parameters(grouped, material):
+    _, graph, state, step = grouped
+
+    def loss(params):
+        batch = prepare(material.batch, material.spec, None, None)
+        return nnx.merge(graph, params).loss(batch, jax.random.key(0), train=False)[0]
+
+    gradient = jax.jit(jax.grad(loss))(state.params)
+    squares = [np.square(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(gradient)]
+    trained = [s for name, s in zip(names(gradient), squares) if not name.startswith("model.vision.")]
+    assert sum(trained) < 0.999 * sum(squares)
+    _, metrics = step(state, material.batch)
+    np.testing.assert_allclose(metrics["gradient_norm"], np.sqrt(sum(trained)), rtol=1e-4)
+
+
+def test_no_gradient_is_computed_of_a_frozen_model(make_experiment, material):
+    """The forward pass alone remains, but for the head: two products of three are spared."""
+
+    def flops(match: str | None) -> float:
+        groups = [{"match": match, "frozen": True}] if match else []
+        experiment = make_experiment({**ONE_TASK, "optimizer.groups": groups})
+        optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
+        graph, _ = learner_shapes(experiment, material.spec)
+        state = jax.eval_shape(lambda: initial_state(experiment, material.spec, optimizer))
+        return model_flops(make_step(graph, experiment, material.spec, optimizer), state, material.batch)
+
+    whole, frozen = flops(None), flops("model.*")
+    assert whole / 3 < 1.02 * frozen < 1.1 * whole / 3
+
+
+def test_a_restored_state_of_muon_groups_and_bfloat16_goes_on_bitwise(grouped, material, tmp_path):
+    experiment, _, state, step = grouped
+    state, _ = step(state, material.batch)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(best=None))
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
+    shapes = jax.eval_shape(lambda: initial_state(experiment, material.spec, optimizer))
+    restored = checkpoints.restore(1, shapes, None)
+    checkpoints.close()
+    assert {leaf.dtype for leaf in jax.tree.leaves(restored.optimizer)} >= {jnp.dtype("bfloat16"), jnp.dtype("float32")}
+    assert bits(restored) == bits(state)
+    assert bits(step(restored, material.batch)) == bits(step(state, material.batch))
