@@ -14,7 +14,8 @@ processes=$1
 shift
 grace_s=30 # between asking the rest to stop and killing them
 
-export PATH="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin:$PATH"
+PATH="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin:$PATH"
+export PATH
 if ! command -v mmfm >/dev/null; then
   echo "launch/local.sh: the mmfm command is not installed; run \`make demo\` first, or activate its environment" >&2
   exit 2
