@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from mmfm_jax.model import flash
 from mmfm_jax.model.flash import Attended, Kernel, Segments
+from mmfm_jax.parallel.loops import scan
 from mmfm_jax.parallel.sharding import RULES, partition, split_over
 
 (AXIS,) = RULES["tokens"]  # of the mesh
@@ -161,7 +162,7 @@ def _ring_forward(over, k, v, of_keys) -> Attended:
 
     first = over(k, v, of_keys)
     whole = Attended(first.out.astype(jnp.float32), first.log_sum)
-    (whole, held), _ = jax.lax.scan(turn, (whole, _send((k, v, of_keys))), length=jax.lax.axis_size(AXIS) - 2)
+    (whole, held), _ = scan(turn, (whole, _send((k, v, of_keys))), length=jax.lax.axis_size(AXIS) - 2)
     return flash.merge(whole, over(*held))
 
 
@@ -179,7 +180,7 @@ def _ring_backward(of, k, v, of_keys):
 
     dq, *own = (x.astype(jnp.float32) for x in of(k, v, of_keys))
     carried = (dq, _send((k, v, of_keys)), tuple(own))
-    carried, _ = jax.lax.scan(turn, carried, length=jax.lax.axis_size(AXIS) - 2)
+    carried, _ = scan(turn, carried, length=jax.lax.axis_size(AXIS) - 2)
     dq, gathered = add(*carried)
     return dq, *_send(gathered)
 

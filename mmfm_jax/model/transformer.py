@@ -17,6 +17,7 @@ from mmfm_jax.model.flash import ALL, Segments
 from mmfm_jax.model.layers import STATISTIC, Linear, RMSNorm, stack
 from mmfm_jax.model.precision import check_installed
 from mmfm_jax.model.ring import SAVED
+from mmfm_jax.parallel.loops import scan
 from mmfm_jax.parallel.sharding import constrain
 
 HIDDEN = "hidden"  # name of what the first product of an MLP gives
@@ -115,5 +116,5 @@ class Transformer(nnx.Module):
 
         if self.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(apply, constrain(x, "batch", "tokens", None), layers, unroll=self.unroll)
+        x, _ = scan(apply, constrain(x, "batch", "tokens", None), layers, unroll=self.unroll)
         return self.norm(x)

@@ -26,8 +26,8 @@ GPU_FLAGS = (
     "--xla_gpu_enable_latency_hiding_scheduler=true",
 )
 CPU_FLAGS = (
-    # Where the CPU plays several devices they share threads, and a collective holds one until all have come to it. The
-    # fewer a device runs side by side, the fewer threads it takes from the others, which may wait for one for ever.
+    # Where the CPU plays several devices they share threads, and a collective holds one until all have come to it: the
+    # fewer a device runs side by side, the fewer it takes from the others.
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
 )
 TPU_DEVICES = ("accel[0-9]*", "vfio/[0-9]*")

@@ -10,7 +10,7 @@ from orbax.checkpoint import multihost
 from mmfm_jax.errors import UserError
 from mmfm_jax.parallel.flags import has_tpu, set_flags_of_several_cpu_devices
 
-THREADS = 8  # of XLA for each device that a CPU plays
+THREADS = 2  # of XLA for each device that a CPU plays: one to wait in a collective, one to work
 PATIENCE_S = 3600  # of a process for the others: the largest programs compile in minutes
 
 
@@ -50,9 +50,8 @@ def split_cpu(devices: int) -> None:
 
 
 def _make_room(devices: int) -> None:
-    """Threads for the CPU's collectives: each holds one until all devices have come to it, and a device starts those
-    that do not need each other at once. By default the pool has a thread a device, so that one device may hold two
-    while another finds none, and all wait for ever."""
+    """Threads for the CPU's devices, which share a pool: a collective holds one until all have come to it. By default
+    there is one a device, and those that wait would leave none to work."""
     os.environ.setdefault("PJRT_NPROC", str(max(THREADS * devices, os.cpu_count() or 1)))
 
 

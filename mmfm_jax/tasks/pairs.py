@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, UInt32
 
 from mmfm_jax.data.batch import Array
+from mmfm_jax.parallel.loops import scan
 from mmfm_jax.parallel.sharding import partition
 from mmfm_jax.tasks.base import mean_where
 
@@ -133,7 +134,7 @@ def _forward(kind: Kind, ring: _Ring, x, y, offset, tags):
 
     none, lowest = jnp.zeros_like(offset), jnp.full_like(offset, -jnp.inf)
     rows = (none if kind == "sigmoid" else lowest, none, lowest)
-    (_, rows), _ = jax.lax.scan(hop, ((y, tags), rows), length=ring.devices)
+    (_, rows), _ = scan(hop, ((y, tags), rows), length=ring.devices)
     return rows
 
 
@@ -154,7 +155,7 @@ def _backward(kind: Kind, ring: _Ring, x, y, offset, tags, total, cotangent):
         return (following, dy + parts.reshape(-1, y.shape[1])[: len(y)], rows), None
 
     start = ((y, tags), jnp.zeros_like(y), (jnp.zeros_like(x), jnp.zeros_like(offset)))
-    (_, dy, (dx, doffset)), _ = jax.lax.scan(hop, start, length=ring.devices)
+    (_, dy, (dx, doffset)), _ = scan(hop, start, length=ring.devices)
     return dx, ring.shift(dy), doffset
 
 

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from mmfm_jax.data.batch import Array
+from mmfm_jax.parallel.loops import scan
 from mmfm_jax.parallel.sharding import partition
 
 LARGEST_LOGITS = 2**24  # held at a time on a device: 64 MiB in float32
@@ -80,5 +81,5 @@ def _on_device(
         return padded.reshape(parts, size, *flat.shape[1:])
 
     chunks = cut(x.reshape(-1, x.shape[-1])), cut(target.reshape(-1))
-    _, answers = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), (), chunks)
+    _, answers = scan(jax.checkpoint(chunk, prevent_cse=False), (), chunks)
     return tuple(answer.reshape(-1)[: target.size].reshape(target.shape) for answer in answers)

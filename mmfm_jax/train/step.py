@@ -16,6 +16,7 @@ from mmfm_jax.config import Experiment
 from mmfm_jax.data.batch import Batch, InputSpec
 from mmfm_jax.data.transforms import prepare
 from mmfm_jax.parallel import sharding
+from mmfm_jax.parallel.loops import scan
 from mmfm_jax.tasks.base import Metrics
 from mmfm_jax.train import groups
 from mmfm_jax.train.optimizer import schedule
@@ -45,7 +46,7 @@ def make_step(
         rngs = jax.random.split(rng, config.accumulate)
         shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts), rngs[0])
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        total, _ = jax.lax.scan(add, zeros, (parts, rngs))
+        total, _ = scan(add, zeros, (parts, rngs))
         return jax.tree.map(lambda x: x / config.accumulate, total)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

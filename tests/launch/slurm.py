@@ -188,7 +188,7 @@ def environment_of(folder: Path) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:{SBIN}"
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "MMFM_CPU_DEVICES": "2",  # with one device a process, gloo mixes up the collectives of a sharded step
+        "MMFM_CPU_DEVICES": "2",
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         "PATH": path,
         "PYTHONPATH": str(ROOT),

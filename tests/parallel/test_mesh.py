@@ -10,6 +10,7 @@ from mmfm_jax.config import MeshConfig
 from mmfm_jax.errors import UserError
 from mmfm_jax.parallel import sharding
 from mmfm_jax.parallel.mesh import AXES, make_mesh, slice_of
+from mmfm_jax.plan import hlo
 from mmfm_jax.train.optimizer import make_optimizer
 from mmfm_jax.train.state import TrainState, initial_state, learner_shapes, state_shardings
 from mmfm_jax.train.step import make_step
@@ -38,12 +39,22 @@ def run(mesh, experiment, spec, batch):
             in_shardings=(shardings, sharding.by_study(mesh)),
             out_shardings=(shardings, sharding.replicated(mesh)),
         )
+        step = step.lower(state, whole).compile()
+        assert not collectives_in_loops(step.as_text() or "")
         history, states = [], []
         for _ in range(STEPS):
             state, metrics = step(state, whole)
             history.append({name: float(value) for name, value in metrics.items()})
             states.append(state)
     return history, state, shardings, states[0]
+
+
+def collectives_in_loops(text: str) -> list[str]:
+    """Of a compiled program. CPU devices may wait for each other for ever in these (mmfm_jax/parallel/loops.py)."""
+    module = hlo.parse(text)
+    everything = [i for computation in module.computations.values() for i in computation.instructions]
+    loops = [i for i in everything if i.opcode == "while"]
+    return [i.name for loop in loops for i in module.inside(loop) if i.opcode.startswith(hlo.COLLECTIVES)]
 
 
 def gradients(first: TrainState) -> Any:
