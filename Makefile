@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_FLAGS ?=
 STORE := data/lidc
+comma := ,
 RUN := runs/demo
 # libtpu (213 MB) lets `mmfm plan` be tested without a TPU; leave `tpu` out and those tests are skipped.
 # torch comes from PyPI with several GB of CUDA on Linux unless pip is shown a CPU build (PIP_FLAGS); leave `reference`
@@ -16,7 +17,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile --max-worker-restart 0
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-newest launch-slurm ingest-ray seeds curve scan feed memory bench clean
+.PHONY: help demo test lint test-newest launch-slurm ingest-ray seeds curve precision scan feed memory bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installs into one environment would meet
 
@@ -88,6 +89,12 @@ seeds: $(VENV)/.samples  ## the demo with three seeds and with a second split of
 
 curve: $(VENV)/.samples  ## the demo on a quarter, half and all of its training patients, two seeds (an hour)
 	@$(BIN)/python benchmarks/curve.py
+
+$(VENV)/.quantised: pyproject.toml
+	$(call install,samples$(comma)quantised)
+
+precision: $(VENV)/.quantised  ## the demo's first steps in float32, bfloat16, int8 and fp8 (half an hour)
+	@$(BIN)/python benchmarks/precision.py
 
 scan: $(VENV)/.samples  ## compile time of a step by the depth of its encoders (two minutes)
 	@$(BIN)/python benchmarks/scan.py

@@ -22,7 +22,10 @@ from rich.table import Table
 from mmfm_jax.bench.models import builtin
 from mmfm_jax.bench.volumes import SCHEMA, ct_studies
 from mmfm_jax.config import Experiment, MeshConfig, validate
-from mmfm_jax.data.pipeline import Samples, local_batches, make_spec, training_rows
+from mmfm_jax.data.example import Samples
+from mmfm_jax.data.order import training_rows
+from mmfm_jax.data.pipeline import local_batches
+from mmfm_jax.data.spec import make_spec
 from mmfm_jax.data.store import StudyStore, write_store
 from mmfm_jax.data.tokenizer import Tokenizer
 from mmfm_jax.parallel.mesh import make_mesh

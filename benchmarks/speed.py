@@ -16,7 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mmfm_jax.config import load_experiment
-from mmfm_jax.data.pipeline import Samples, local_batches, make_spec, training_rows
+from mmfm_jax.data.example import Samples
+from mmfm_jax.data.order import training_rows
+from mmfm_jax.data.pipeline import local_batches
+from mmfm_jax.data.spec import make_spec
 from mmfm_jax.data.store import StudyStore
 from mmfm_jax.data.tokenizer import Tokenizer
 

@@ -12,7 +12,10 @@ from hypothesis import settings
 
 from mmfm_jax.config import Experiment, validate
 from mmfm_jax.data.batch import Batch, InputSpec
-from mmfm_jax.data.pipeline import Samples, local_batches, make_spec, training_rows
+from mmfm_jax.data.example import Samples
+from mmfm_jax.data.order import training_rows
+from mmfm_jax.data.pipeline import local_batches
+from mmfm_jax.data.spec import make_spec
 from mmfm_jax.data.store import StudyStore, write_store
 from mmfm_jax.data.study import ColumnSpec, Image, ImageSpec, LabelSpec, Schema, Study
 from mmfm_jax.data.tokenizer import Tokenizer

@@ -13,6 +13,7 @@ import tensorstore as ts
 from pydantic import ValidationError
 
 from mmfm_jax.config import ImageInput
+from mmfm_jax.data.arrays import checksum_under
 from mmfm_jax.data.foreground import places
 from mmfm_jax.data.format import (
     CACHE_BYTES,
@@ -31,7 +32,7 @@ from mmfm_jax.data.rows import StudyRows
 from mmfm_jax.data.split import in_share
 from mmfm_jax.data.stats import Stats
 from mmfm_jax.data.study import ImageSpec, Schema
-from mmfm_jax.data.writer import checksum_under, write_store
+from mmfm_jax.data.writer import write_store
 from mmfm_jax.errors import UserError
 
 __all__ = ["StudyStore", "write_store"]

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mmfm_jax.errors import UserError
+
 
 class _Declared(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -96,3 +98,46 @@ class Study:
     """Index into the label's classes."""
     masks: dict[str, np.ndarray] = field(default_factory=dict)
     """uint8 [z, y, x] on the grid of the mask's image, which must be there: 0, or 1 + index into the classes."""
+
+
+def check_study(study: Study, schema: Schema, row: int) -> None:
+    """Raises UserError unless the study holds only what the schema declares, in the declared form."""
+    parts = {"images": study.images, "texts": study.texts, "columns": study.row, "labels": study.labels}
+    parts["masks"] = study.masks
+    for part, held in parts.items():
+        unknown = set(held) - set(getattr(schema, part))
+        if unknown:
+            raise UserError(f"study {row}: {min(unknown)} is not among the {part} of the schema; declare it there")
+    for role, image in study.images.items():
+        spec, voxels = schema.images[role], image.voxels
+        expected = (*(spec.shape or voxels.shape[:3]), spec.channels)
+        if voxels.ndim != 4 or voxels.shape != expected or voxels.size == 0:
+            raise UserError(f"study {row}: image {role} has shape {voxels.shape} and the schema says {expected}")
+        if voxels.dtype != np.dtype(spec.dtype):
+            raise UserError(f"study {row}: image {role} is {voxels.dtype} and the schema says {spec.dtype}")
+        if not all(np.isfinite(s) and s > 0 for s in image.spacing_mm):
+            raise UserError(f"study {row}: image {role} has spacing {image.spacing_mm}; give positive millimetres")
+    for name, mask in study.masks.items():
+        spec = schema.masks[name]
+        if spec.image not in study.images:
+            raise UserError(f"study {row}: mask {name} is of image {spec.image}, which is not there; leave it out")
+        expected = study.images[spec.image].voxels.shape[:3]
+        if mask.shape != expected or mask.dtype != np.uint8:
+            raise UserError(
+                f"study {row}: mask {name} is {mask.dtype} of shape {mask.shape}; make it uint8 of {expected}, as its "
+                "image is"
+            )
+        if mask.max() > len(spec.classes):
+            classes = len(spec.classes)
+            raise UserError(f"study {row}: mask {name} holds the value {mask.max()} and has {classes} classes")
+    for name, value in study.row.items():
+        column = schema.columns[name]
+        if column.kind == "category" and value not in column.vocabulary:
+            raise UserError(f"study {row}: column {name} has a value outside its vocabulary {list(column.vocabulary)}")
+        if column.kind == "number" and not (isinstance(value, (int, float)) and np.isfinite(value)):
+            raise UserError(f"study {row}: column {name} is not a finite number; leave a missing value out of the row")
+    for name, value in study.labels.items():
+        if not 0 <= value < len(schema.labels[name].classes):
+            raise UserError(
+                f"study {row}: label {name} is {value}, outside its {len(schema.labels[name].classes)} classes"
+            )

@@ -15,8 +15,9 @@ from rich.table import Table as RichTable
 
 from mmfm_jax.config import EvaluateConfig
 from mmfm_jax.data.batch import InputSpec
+from mmfm_jax.data.example import Samples
 from mmfm_jax.data.mix import StoreMix, open_data
-from mmfm_jax.data.pipeline import Samples, evaluation_batches
+from mmfm_jax.data.pipeline import evaluation_batches
 from mmfm_jax.data.store import StudyStore
 from mmfm_jax.errors import UserError
 from mmfm_jax.evaluate.features import Features, average_readings, collect, embed_prompts, extractor

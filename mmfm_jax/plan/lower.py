@@ -105,7 +105,7 @@ def spec_of_store(experiment: Experiment) -> tuple[InputSpec, dict[str, str]]:
     Raises UserError when the store cannot be read or lacks an input.
     """
     from mmfm_jax.data.mix import open_data
-    from mmfm_jax.data.pipeline import make_spec
+    from mmfm_jax.data.spec import make_spec
 
     store = open_data(experiment.data)
     tokenizer: Any = SimpleNamespace(vocabulary_size=experiment.data.vocabulary_size, mask_token=MASK_TOKEN)

@@ -20,8 +20,11 @@ from rich.console import Console
 
 from mmfm_jax.config import Experiment
 from mmfm_jax.data.batch import InputSpec
+from mmfm_jax.data.example import Samples
 from mmfm_jax.data.mix import StoreMix, open_data
-from mmfm_jax.data.pipeline import Samples, evaluation_batches, local_batches, make_spec, training_rows
+from mmfm_jax.data.order import training_rows
+from mmfm_jax.data.pipeline import evaluation_batches, local_batches
+from mmfm_jax.data.spec import make_spec
 from mmfm_jax.data.store import StudyStore
 from mmfm_jax.data.tokenizer import Tokenizer
 from mmfm_jax.errors import UserError

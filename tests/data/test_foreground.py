@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmfm_jax.config import Inputs
+from mmfm_jax.data.example import Samples
 from mmfm_jax.data.foreground import SAMPLED, intensities, otsu, places
 from mmfm_jax.data.format import open_kvstore
-from mmfm_jax.data.pipeline import Samples, make_spec
+from mmfm_jax.data.spec import make_spec
 from mmfm_jax.data.store import StudyStore, write_store
 from mmfm_jax.data.study import Image, ImageSpec, MaskSpec, Schema, Study
 from mmfm_jax.data.tokenizer import Tokenizer

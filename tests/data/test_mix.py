@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmfm_jax.config import Augment, DataConfig, Inputs
+from mmfm_jax.data.example import Samples
 from mmfm_jax.data.masks import summarise
 from mmfm_jax.data.mix import StoreMix, open_data
-from mmfm_jax.data.pipeline import Samples, batch_checksum, local_batches, make_spec, training_rows
+from mmfm_jax.data.order import training_rows
+from mmfm_jax.data.pipeline import batch_checksum, local_batches
+from mmfm_jax.data.spec import make_spec
 from mmfm_jax.data.stats import StatsBuilder
 from mmfm_jax.data.store import StudyStore, write_store
 from mmfm_jax.data.study import ColumnSpec, Image, ImageSpec, LabelSpec, MaskSpec, Schema, Study

@@ -8,9 +8,12 @@ import pytest
 from rich.console import Console
 
 from mmfm_jax.cli import main
+from mmfm_jax.data.example import Samples
 from mmfm_jax.data.format import _kvstore_spec, open_kvstore
 from mmfm_jax.data.mix import open_data
-from mmfm_jax.data.pipeline import Samples, batch_checksum, local_batches, make_spec, training_rows
+from mmfm_jax.data.order import training_rows
+from mmfm_jax.data.pipeline import batch_checksum, local_batches
+from mmfm_jax.data.spec import make_spec
 from mmfm_jax.data.store import StudyStore, write_store
 from mmfm_jax.data.tokenizer import Tokenizer
 from mmfm_jax.errors import UserError

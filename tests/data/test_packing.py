@@ -13,15 +13,10 @@ from mmfm_jax.config import Augment, Inputs
 from mmfm_jax.data import packing
 from mmfm_jax.data.augment import augment_images
 from mmfm_jax.data.batch import ImagePart, ImageShape, PackedPart, PackedShape
-from mmfm_jax.data.pipeline import (
-    Samples,
-    batch_checksum,
-    evaluation_batches,
-    local_batches,
-    make_spec,
-    stack,
-    training_rows,
-)
+from mmfm_jax.data.example import Samples
+from mmfm_jax.data.order import training_rows
+from mmfm_jax.data.pipeline import batch_checksum, evaluation_batches, local_batches, stack
+from mmfm_jax.data.spec import make_spec
 from mmfm_jax.data.store import StudyStore, write_store
 from mmfm_jax.data.tokenizer import Tokenizer
 from mmfm_jax.data.transforms import prepare

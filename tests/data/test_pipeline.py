@@ -17,14 +17,10 @@ from hypothesis import strategies as st
 
 from mmfm_jax.config import Inputs
 from mmfm_jax.data.batch import Batch, NumberStats
-from mmfm_jax.data.pipeline import (
-    Samples,
-    batch_checksum,
-    evaluation_batches,
-    local_batches,
-    make_spec,
-    training_rows,
-)
+from mmfm_jax.data.example import Samples
+from mmfm_jax.data.order import training_rows
+from mmfm_jax.data.pipeline import batch_checksum, evaluation_batches, local_batches
+from mmfm_jax.data.spec import make_spec
 from mmfm_jax.data.store import StudyStore, write_store
 from mmfm_jax.data.study import ColumnSpec, Image, ImageSpec, LabelSpec, Schema, Study
 from mmfm_jax.data.tokenizer import Tokenizer
@@ -377,8 +373,8 @@ def test_voxels_in_memory_are_those_of_the_batches_ahead_however_slow_the_consum
     made: list = []
     voxels = samples.voxels
 
-    def watched(studies):
-        room = voxels(studies)
+    def watched(studies, empty):
+        room = voxels(studies, empty)
         made.append(weakref.ref(room["ct"]))
         return room
 

@@ -12,7 +12,10 @@ from scipy import ndimage
 
 from mmfm_jax.config import Inputs
 from mmfm_jax.data import resample
-from mmfm_jax.data.pipeline import Samples, local_batches, make_spec, training_rows
+from mmfm_jax.data.example import Samples
+from mmfm_jax.data.order import training_rows
+from mmfm_jax.data.pipeline import local_batches
+from mmfm_jax.data.spec import make_spec
 from mmfm_jax.data.store import StudyStore, write_store
 from mmfm_jax.data.study import Image, ImageSpec, Schema, Study
 from mmfm_jax.data.tokenizer import Tokenizer

@@ -12,7 +12,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from mmfm_jax.config import validate
-from mmfm_jax.data.pipeline import Samples, make_spec
+from mmfm_jax.data.example import Samples
+from mmfm_jax.data.spec import make_spec
 from mmfm_jax.data.store import StudyStore
 from mmfm_jax.data.study import ColumnSpec, Image, ImageSpec, LabelSpec, Schema, Study
 from mmfm_jax.data.tokenizer import Tokenizer

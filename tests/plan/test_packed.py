@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 
 from mmfm_jax.config import MeshConfig
-from mmfm_jax.data.pipeline import Samples, local_batches, make_spec, training_rows
+from mmfm_jax.data.example import Samples
+from mmfm_jax.data.order import training_rows
+from mmfm_jax.data.pipeline import local_batches
+from mmfm_jax.data.spec import make_spec
 from mmfm_jax.errors import UserError
 from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.plan import lower, measure
