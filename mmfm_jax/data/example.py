@@ -147,10 +147,10 @@ class Samples:
         )
         return Drawn(self, nothing, {})
 
-    def voxels(self, studies: int, empty=np.empty) -> dict[str, np.ndarray]:
-        """Room for the images of so many studies, by role, in raw dtype, as `empty(shape, dtype)` gives it."""
+    def voxels(self, studies: int) -> dict[str, np.ndarray]:
+        """Room for the images of so many studies, by role, in raw dtype; what stands there is not set."""
         shapes = {role: self.spec.images[role] for role in self._unpacked}
-        return {role: empty((studies, *shape.raw, shape.channels), self._dtype(role)) for role, shape in shapes.items()}
+        return {role: np.empty((studies, *shape.raw, shape.channels), self._dtype(role)) for role, shape in shapes.items()}
 
     @property
     def whole(self) -> dict[str, PackedShape]:

@@ -23,7 +23,6 @@ import numpy as np
 from mmfm_jax.data import packing
 from mmfm_jax.data.batch import Batch, PackedShape
 from mmfm_jax.data.example import ABSENT, Begun, Drawn, Samples
-from mmfm_jax.data.memory import Recycled
 
 
 def local_batches(
@@ -95,7 +94,6 @@ class _Reading:
     def __init__(self, draw: Callable[[int], Drawn], length: int, size: int):
         self._draw, self._length, self._size = draw, length, size
         self._room: dict[int, dict[str, np.ndarray]] = {}
-        self._memory = Recycled()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -105,7 +103,7 @@ class _Reading:
         drawn, (batch, place) = self._draw(index), divmod(index, self._size)
         with self._lock:
             if batch not in self._room:
-                self._room[batch] = drawn.samples.voxels(self._size, self._memory.empty)
+                self._room[batch] = drawn.samples.voxels(self._size)
             room = self._room[batch]
         return batch, drawn.begin({role: voxels[place] for role, voxels in room.items()})
 

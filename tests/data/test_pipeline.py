@@ -373,8 +373,8 @@ def test_voxels_in_memory_are_those_of_the_batches_ahead_however_slow_the_consum
     made: list = []
     voxels = samples.voxels
 
-    def watched(studies, empty):
-        room = voxels(studies, empty)
+    def watched(studies):
+        room = voxels(studies)
         made.append(weakref.ref(room["ct"]))
         return room
 
