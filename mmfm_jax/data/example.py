@@ -150,7 +150,9 @@ class Samples:
     def voxels(self, studies: int) -> dict[str, np.ndarray]:
         """Room for the images of so many studies, by role, in raw dtype; what stands there is not set."""
         shapes = {role: self.spec.images[role] for role in self._unpacked}
-        return {role: np.empty((studies, *shape.raw, shape.channels), self._dtype(role)) for role, shape in shapes.items()}
+        return {
+            role: np.empty((studies, *shape.raw, shape.channels), self._dtype(role)) for role, shape in shapes.items()
+        }
 
     @property
     def whole(self) -> dict[str, PackedShape]:
