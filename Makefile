@@ -13,7 +13,7 @@ RUN := runs/demo
 TEST_EXTRAS ?= samples,test,ingest,presidio,quantised,reference,tpu
 # A worker that crashes is not replaced: pytest-xdist 3.8 then waits for ever (its issues 1323, 1327 and 1378).
 PYTEST_FLAGS ?= -n 2 --dist loadfile --max-worker-restart 0
-# On Linux the scratch memory of each step comes in huge pages: 4 KiB at a time costs the CPU a sixth of the step.
+# For the scripts of benchmarks/, as `mmfm` does for itself: a step's scratch memory comes in huge pages.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from mmfm_jax.errors import UserError
-from mmfm_jax.parallel.flags import set_flags
+from mmfm_jax.parallel.flags import set_flags, with_huge_pages
 
 STARTED = time.perf_counter()
 
@@ -254,6 +254,8 @@ def _positive(kind):
 def main(arguments: list[str] | None = None) -> None:
     set_flags()
     args, rest = parser().parse_known_args(arguments)
+    if arguments is None and args.verb in ("train", "evaluate", "bench") and (environment := with_huge_pages()):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     takes_fields = args.verb in ("train", "plan", "bench")
     if rest and not takes_fields:
         parser().error(f"unrecognized arguments: {' '.join(rest)}")

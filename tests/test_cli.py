@@ -1,5 +1,6 @@
 """Help answers at once and names an example for each verb."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,3 +70,17 @@ def test_an_environment_that_names_no_group_is_refused(monkeypatch, environment,
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=expected):
         start_processes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_a_verb_that_computes_starts_anew_once_with_the_same_words_in_huge_pages(tmp_path):
+    """Seen from outside: what the process that answers was given, and that its pid is the one that was started."""
+    shown = "import os, sys; open(sys.argv.pop(1), 'a').write(f'{os.getpid()} {os.environ.get(\"GLIBC_TUNABLES\")}\\n')"
+    script = tmp_path / "mmfm.py"
+    script.write_text(f"{shown}; from mmfm_jax.cli import main; main()")
+    log, environment = tmp_path / "log", {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    command = [sys.executable, str(script), str(log), "evaluate", str(tmp_path / "no run")]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 2 and "no run" in said
+    assert log.read_text().split() == [str(process.pid), "None", str(process.pid), "glibc.malloc.hugetlb=1"]

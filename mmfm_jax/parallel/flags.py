@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import MutableMapping
+import sys
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 TPU_FLAGS = (
@@ -30,6 +31,7 @@ CPU_FLAGS = (
     # fewer a device runs side by side, the fewer it takes from the others.
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
 )
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 TPU_DEVICES = ("accel[0-9]*", "vfio/[0-9]*")
 GPU_DEVICES = ("nvidia[0-9]*", "nvidiactl", "dxg", "kfd")
 
@@ -56,6 +58,21 @@ def set_flags_of_several_cpu_devices(environment: MutableMapping[str, str] = os.
     """For virtual devices and for processes on CPUs; of no effect on other platforms. To be called before JAX compiles
     anything."""
     _add(environment, "XLA_FLAGS", CPU_FLAGS)
+
+
+def with_huge_pages(
+    environment: Mapping[str, str] = os.environ, dev: Path = Path("/dev"), system: str = sys.platform
+) -> dict[str, str] | None:
+    """The environment in which the CPU's memory comes in huge pages; None where there is nothing to add.
+
+    XLA gives the scratch memory of a step on a CPU back and asks for it anew, and the kernel clears it page by page: a
+    quarter of a step of 4 GB in pages of 4 KiB. glibc reads this once, before anything of ours runs.
+    """
+    held = environment.get("GLIBC_TUNABLES", "")
+    name = HUGE_PAGES.partition("=")[0]
+    if system != "linux" or name in held or _any(dev, TPU_DEVICES) or _any(dev, GPU_DEVICES):
+        return None
+    return {**environment, "GLIBC_TUNABLES": ":".join([*filter(None, [held]), HUGE_PAGES])}
 
 
 def _any(dev: Path, patterns: tuple[str, ...]) -> bool:

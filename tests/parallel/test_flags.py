@@ -82,3 +82,19 @@ jax.jit(lambda x, w: (x @ w).sum(), in_shardings=(sharding, sharding)).trace(sha
     }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_cpu_gets_huge_pages_beside_what_the_user_set(machine):
+    dev = machine(libtpu=False)
+    held = {"A": "b", "GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}
+    made = flags.with_huge_pages(held, dev, "linux")
+    assert made == {"A": "b", "GLIBC_TUNABLES": "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"}
+    assert flags.with_huge_pages({}, dev, "linux") == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    assert flags.with_huge_pages(made, dev, "linux") is None
+    assert flags.with_huge_pages({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, dev, "linux") is None
+    assert flags.with_huge_pages({}, dev, "darwin") is None
+
+
+@pytest.mark.parametrize("device", ["accel0", "nvidia0"])
+def test_an_accelerator_needs_no_huge_pages(machine, device):
+    assert flags.with_huge_pages({}, machine(device, libtpu=True), "linux") is None
