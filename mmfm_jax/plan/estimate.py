@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from mmfm_jax.plan.chips import Chip
 from mmfm_jax.plan.hlo import Computation, Instruction, Module
-from mmfm_jax.plan.links import Network, Transfer, is_collective
+from mmfm_jax.plan.links import Network, Transfer, is_collective, rendezvous
 
 # Operations of the vector unit for each score in an attention kernel, taken to run after the products and never beside
 # them. No kernel was measured here. The figure of forward is what a published run leaves: on v6e a diffusion model of
@@ -134,6 +134,12 @@ class _Player:
                 begin(instruction.name, transfer.seconds)
                 if not opcode.endswith("-start"):
                     wait(instruction.name, instruction, "collectives exposed")
+            elif met := rendezvous(instruction):
+                if opcode == "send":
+                    begin(met, self._transfer(computation, instruction, times).seconds)
+            elif opcode == "recv-done":
+                met = rendezvous(computation.by_name[instruction.operands[0]])
+                wait(met or instruction.operands[0], instruction, "collectives exposed")
             elif opcode.endswith("-done") and instruction.operands:
                 wait(instruction.operands[0], instruction, "collectives exposed")
             else:

@@ -22,6 +22,13 @@ from mmfm_jax.plan.hlo import COLLECTIVES, Computation, Instruction
 HOP_SECONDS = 1e-6  # from chip to chip, of the order that the scaling book gives
 NETWORK_SECONDS = 2e-5  # between hosts of two slices: an assumption
 ICI, DCN = "ici", "dcn"
+BETWEEN_SLICES = {  # what libtpu sends between n slices: the collective that it does, bytes in for each byte sent
+    "ALL_REDUCE": ("all-reduce", lambda n: 2 * (n - 1) / n),
+    "REDUCE_SCATTER": ("reduce-scatter", lambda n: (n - 1) / n),
+    "ALL_GATHER": ("all-gather", lambda n: n - 1),
+    "ALL_TO_ALL": ("all-to-all", lambda n: (n - 1) / n),
+    "ONE_TO_ONE": ("collective-permute", lambda n: 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class Network:
         """Cost of a collective. `scattered`: an all-reduce of which each device keeps a shard, a reduce-scatter."""
         kind = instruction.opcode.removesuffix("-start")
         held = sum(computation.by_name[name].bytes for name in instruction.operands if name in computation.by_name)
+        if kind == "send":
+            return self._between_slices(held, instruction)
         if kind == "collective-permute":
             return self._permute(held, pairs(instruction))
         group = groups(instruction, self.size)[0]
@@ -59,6 +68,14 @@ class Network:
         made = instruction.bytes - (held if instruction.opcode.endswith("-start") else 0)
         payload = made if kind == "all-gather" else held
         return self._ring(kind, payload, group)
+
+    def _between_slices(self, payload: float, instruction: Instruction) -> Transfer:
+        """Each chip hands its host what its peers in the other slices are to have."""
+        found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+        kind, share = BETWEEN_SLICES[found.group(1) if found else "ONE_TO_ONE"]
+        count = payload * share(len(set(self._slice.tolist())))
+        seconds = count / (self._chip.dcn_bandwidth / self._chip.devices) + NETWORK_SECONDS
+        return Transfer(kind, {DCN: count}, {DCN: seconds})
 
     def _ring(self, kind: str, payload: float, group: np.ndarray) -> Transfer:
         slices = len(set(self._slice[group].tolist()))
@@ -106,6 +123,13 @@ class Network:
 
 def is_collective(instruction: Instruction) -> bool:
     return instruction.opcode.removesuffix("-start") in COLLECTIVES
+
+
+def rendezvous(instruction: Instruction) -> str | None:
+    """The name under which a `send` meets its `recv`, of those that cross slices; libtpu makes them of the collectives
+    of several slices, of which it leaves the parts within each as collectives."""
+    found = re.search(r'_xla_host_transfer_rendezvous="([^"]+)"', instruction.attributes)
+    return found.group(1) if found and instruction.opcode in ("send", "recv") else None
 
 
 def pairs(instruction: Instruction) -> np.ndarray:

@@ -87,10 +87,10 @@ jax.jit(lambda x, w: (x @ w).sum(), in_shardings=(sharding, sharding)).trace(sha
 def test_a_cpu_gets_huge_pages_beside_what_the_user_set(machine):
     dev = machine(libtpu=False)
     held = {"A": "b", "GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}
-    made = flags.with_huge_pages(held, dev, "linux")
-    assert made == {"A": "b", "GLIBC_TUNABLES": "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"}
+    both = {"A": "b", "GLIBC_TUNABLES": "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"}
+    assert flags.with_huge_pages(held, dev, "linux") == both
     assert flags.with_huge_pages({}, dev, "linux") == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-    assert flags.with_huge_pages(made, dev, "linux") is None
+    assert flags.with_huge_pages(both, dev, "linux") is None
     assert flags.with_huge_pages({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, dev, "linux") is None
     assert flags.with_huge_pages({}, dev, "darwin") is None
 

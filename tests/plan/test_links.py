@@ -2,11 +2,17 @@
 
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from mmfm_jax.config import MeshConfig
+from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.plan import hlo
 from mmfm_jax.plan.chips import CHIPS
+from mmfm_jax.plan.estimate import estimate
 from mmfm_jax.plan.links import HOP_SECONDS, NETWORK_SECONDS, Network, groups, pairs
 
 CHIP = CHIPS["v5e"]
@@ -89,6 +95,38 @@ def test_between_slices_each_device_sends_its_own_shard():
     transfer = Network(devices((4, 1, 1), slices=2), CHIP).transfer(*instruction(text))
     assert transfer.bytes == {"ici": 2 * 3000, "dcn": 2 * 1000 * 1 / 2}
     assert transfer.seconds["dcn"] == pytest.approx(1000 / CHIP.dcn_bandwidth + 2 * NETWORK_SECONDS)
+
+
+@pytest.mark.parametrize(
+    "kind, of, entering",
+    [
+        ("ALL_REDUCE", "all-reduce", 4000),
+        ("ALL_GATHER", "all-gather", 4000),
+        ("ONE_TO_ONE", "collective-permute", 4000),
+    ],
+)
+def test_what_libtpu_sends_between_two_slices_is_the_collective_that_it_does(kind, of, entering):
+    text = (
+        "(f32[1000]{0}, u32[], token[]) send(%p), channel_id=1, is_host_transfer=true, frontend_attributes="
+        f'{{_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="{kind}"}}'
+    )
+    transfer = Network(devices((4, 1, 1), slices=2), CHIP).transfer(*instruction(text))
+    assert (transfer.kind, transfer.bytes) == (of, {"dcn": entering})
+    assert transfer.seconds["dcn"] == pytest.approx(entering / CHIP.dcn_bandwidth + NETWORK_SECONDS)
+
+
+def test_a_sum_over_two_slices_crosses_the_network_once_for_each_shard(make_pod):
+    """Compiled by libtpu: each chip sends its share of a slice's sum and waits for that of the other slice."""
+    of = make_pod("v5e:2x2", 2)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4), of.devices)
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((("data", "fsdp"),), ()))
+    x = jax.ShapeDtypeStruct((8, 1024, 1024), jnp.float32, sharding=split)
+    with jax.set_mesh(mesh):
+        text = jax.jit(lambda x: x.sum(axis=0), out_shardings=whole).lower(x).compile().as_text() or ""
+    found = estimate(hlo.parse(text), of.chip, Network(mesh.devices.flat, of.chip))
+    across = sum(by_link.get("dcn", 0) for by_link in found.collective_bytes.values())
+    assert across == 4 * 1024 * 1024 / 4
+    assert found.by_category["collectives exposed"] >= across / of.chip.dcn_bandwidth
 
 
 def test_a_message_of_many_hops_takes_the_links_on_its_way():
