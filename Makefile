@@ -93,7 +93,7 @@ curve: $(VENV)/.samples  ## the demo on a quarter, half and all of its training 
 $(VENV)/.quantised: pyproject.toml
 	$(call install,samples$(comma)quantised)
 
-precision: $(VENV)/.quantised  ## the demo's first steps in float32, bfloat16, int8 and fp8 (half an hour)
+precision: $(VENV)/.quantised  ## the demo's first steps in float32, bfloat16, int8 and fp8 (eight minutes)
 	@$(BIN)/python benchmarks/precision.py
 
 scan: $(VENV)/.samples  ## compile time of a step by the depth of its encoders (two minutes)

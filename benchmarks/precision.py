@@ -7,7 +7,6 @@ A run that is finished is not trained again.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from statistics import fmean
 
@@ -48,8 +47,9 @@ def main() -> None:
     table = Table("loss", *losses, title=f"Means of steps {STEPS - LAST + 1} to {STEPS}, and of held-out patients then")
     for name in losses["bfloat16"]:
         table.add_row(name, *(f"{of[name]:.4f}" for of in losses.values()))
-    apart = {name: max(abs(math.log(of[k] / losses["bfloat16"][k])) for k in of) for name, of in losses.items()}
-    table.add_row("furthest from bfloat16", *(f"{100 * math.expm1(far):.1f}%" for far in apart.values()))
+    for name in ("loss", "validation/loss"):
+        less = {way: 100 * (of[name] / losses["bfloat16"][name] - 1) for way, of in losses.items()}
+        table.add_row(f"{name} beside bfloat16", *(f"{percent:+.1f}%" for percent in less.values()))
     Console(width=120).print(table)
 
 
