@@ -157,7 +157,9 @@ def groups(instruction: Instruction, devices: int) -> np.ndarray:
 
 
 def _iota(text: str) -> np.ndarray:
-    shape, source, order = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()  # type: ignore
+    found = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    assert found is not None, text
+    shape, source, order = found.groups()
     sizes = [int(size) for size in source.split(",")]
     numbers = np.arange(math.prod(sizes)).reshape(sizes)
     if order:

@@ -107,7 +107,7 @@ class Watchdog:
             return {}
         try:
             found = store.key_value_dir_get(KEY)
-        except Exception:
+        except Exception:  # as above: nothing to report is no reason to stop a run
             return {}
         return {int(key.rpartition("/")[2]): Report.decode(text) for key, text in found}
 

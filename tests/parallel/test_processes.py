@@ -11,7 +11,7 @@ from mmfm_jax.parallel.processes import THREADS
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted under /proc")
 def test_virtual_devices_have_threads_to_wait_in():
-    """Too few and their collectives wait for each other for ever, now and then, on a busy machine."""
+    """A collective holds one until all devices have come to it; those that wait must leave some to work."""
     jax.device_count()
     names = [Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
     assert names.count("tf_XLAEigen") >= THREADS * jax.device_count()
