@@ -264,6 +264,7 @@ def report(found: dict[str, Any]) -> Table:
         "ceiling: plain TensorStore": found["ceiling"],
         "MONAI, LoadImage and RandSpatialCrop": monai.get("plain"),
         "MONAI, PersistentDataset": monai.get("persistent"),
+        "MONAI, PersistentDataset of float32, its default": monai.get("persistent_float32"),
     }
     for name, speed in rows.items():
         if speed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -218,10 +219,7 @@ class Samples:
 
     def _fill(self, role: str, row: int) -> float:
         """Raw value of padding: the one nearest to the low end of the window, so it is 0 once windowed."""
-        low, dtype = self._shape(role, row).window[0], np.dtype(self._dtype(role))
-        if dtype.kind not in "iu":
-            return low
-        return min(max(round(low), np.iinfo(dtype).min), np.iinfo(dtype).max)
+        return _nearest(self._shape(role, row).window[0], self._dtype(role))
 
     def _text(self, field: str, texts: Sequence[str], rng: np.random.Generator | None) -> TextPart:
         length = self.spec.texts[field]
@@ -242,6 +240,14 @@ class Samples:
             categories=np.array([c or 0 for c in codes], np.int32),
             category_present=np.array([c is not None for c in codes], bool),
         )
+
+
+@functools.cache
+def _nearest(value: float, dtype: str) -> float:
+    """The value of a dtype that is nearest to `value`."""
+    if np.dtype(dtype).kind not in "iu":
+        return value
+    return min(max(round(value), np.iinfo(dtype).min), np.iinfo(dtype).max)
 
 
 def _label(value: int | None) -> LabelPart:

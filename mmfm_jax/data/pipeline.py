@@ -85,13 +85,14 @@ def batch_checksum(batch: Batch) -> str:
     return digest.hexdigest()
 
 
-class _Reading:
+class _Reading(grain.MapDataset[tuple[int, Begun]]):
     """The studies that a process reads, one after another, each into its place in a batch of `size`.
 
     Threads may ask for them in any order, each once. The room of a batch is made when its first study is read.
     """
 
     def __init__(self, draw: Callable[[int], Drawn], length: int, size: int):
+        super().__init__()
         self._draw, self._length, self._size = draw, length, size
         self._room: dict[int, dict[str, np.ndarray]] = {}
         self._lock = threading.Lock()
@@ -123,8 +124,9 @@ def _read_ahead(
     """
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, (prefetch - 1) * size))
     reading = _Reading(draw, length, size)
-    elements = grain.MapDataset.source(cast(Sequence[tuple[int, Begun]], reading)).to_iter_dataset(options)
-    batches = iter(elements.batch(size, batch_fn=functools.partial(reading.joined, packed=packed)))
+    batches = iter(
+        reading.to_iter_dataset(options).batch(size, batch_fn=functools.partial(reading.joined, packed=packed))
+    )
     yield from _one_ahead(batches)
 
 

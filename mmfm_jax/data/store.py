@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -65,6 +65,8 @@ class StudyStore:
         self._kvstore = kvstore
         self._rows = StudyRows(kvstore, url)
         self._array = functools.lru_cache(_OPEN_VOLUMES)(self._open_array)
+        self._info = functools.lru_cache(_OPEN_VOLUMES)(self._read_info)
+        self._studies = sum(counts.studies for counts in file.counts.values())
 
     @classmethod
     def open(cls, url: str, train_share: float = 1.0, cache_bytes: int = CACHE_BYTES) -> StudyStore:
@@ -91,7 +93,7 @@ class StudyStore:
         return StudyStore.open, (self.url, self.train_share, self.cache_bytes)
 
     def __len__(self) -> int:
-        return sum(counts.studies for counts in self.counts.values())
+        return self._studies
 
     @property
     def schema(self) -> Schema:
@@ -205,9 +207,12 @@ class StudyStore:
 
     def volume_info(self, role: str, row: int) -> tuple[Extent, tuple[float, float, float]] | None:
         """Shape (voxels z y x) and spacing (mm, z y x) of a volume, or None when the study lacks it."""
+        return self._info(role, self._checked(row))
+
+    def _read_info(self, role: str, row: int) -> tuple[Extent, tuple[float, float, float]] | None:
         shape = self.schema.images[role].shape
         names = [f"image/{role}/spacing_mm", *([] if shape else [f"image/{role}/shape"])]
-        spacing, *own_shape = self._rows.get(self._checked(row), names).values()
+        spacing, *own_shape = self._rows.get(row, names).values()
         if spacing is None:
             return None
         return (shape or tuple(own_shape[0])), tuple(spacing)
@@ -242,14 +247,15 @@ class StudyStore:
         self, out: np.ndarray, spec: ImageSpec, path: str, row: int, shape: Extent, start: Extent, fill: float
     ) -> Callable[[], None]:
         """Begins to read the box at `start` of a study's volume of `shape` in the array at `path`."""
-        size = out.shape[:3]
-        low = np.clip(start, 0, shape)
-        high = np.clip(np.add(start, size), low, shape)
-        if (high - low != size).any():
+        low = [min(max(s, 0), n) for s, n in zip(start, shape)]
+        high = [min(max(s + room, l), n) for s, room, l, n in zip(start, out.shape, low, shape)]
+        inside = [h - l for l, h in zip(low, high)]
+        if inside != [*out.shape[:3]]:
             out[...] = fill
-        if (high == low).any():
-            return _done
-        target = np.moveaxis(out[tuple(slice(int(a - s), int(b - s)) for a, b, s in zip(low, high, start))], -1, 0)
+            if 0 in inside:
+                return _done
+            out = out[tuple(slice(l - s, h - s) for l, h, s in zip(low, high, start))]
+        target = out.transpose(3, 0, 1, 2)
         try:
             voxels = self._array(path)[_voxels(spec, row, low, high)]
             reading = ts.array(target, copy=False, write=True).write(voxels)
@@ -268,8 +274,8 @@ class StudyStore:
         """The box [channel, z, y, x] of a volume, clipped to it and not read yet, for who wants TensorStore's own."""
         info = self.volume_info(role, row)
         assert info is not None
-        low = np.clip(start, 0, info[0])
-        high = np.clip(np.add(start, size), low, info[0])
+        low = [min(max(s, 0), n) for s, n in zip(start, info[0])]
+        high = [min(max(s + room, l), n) for s, room, l, n in zip(start, size, low, info[0])]
         return self._array(f"{self._group(role, row)}/0")[_voxels(self.schema.images[role], row, low, high)]
 
     def _read(self, path: str, box: tuple[slice | int, ...], row: int) -> np.ndarray:
@@ -382,10 +388,10 @@ class StudyStore:
         return int(row)
 
 
-def _voxels(spec: ImageSpec, row: int, low: np.ndarray, high: np.ndarray) -> tuple[slice, ...]:
+def _voxels(spec: ImageSpec, row: int, low: Sequence[int], high: Sequence[int]) -> tuple[slice, ...]:
     """Of a study's volume in its array [channel, z, y, x], or in that of all studies [study * channel, z, y, x]."""
     first = row * spec.channels if spec.shape else 0
-    return slice(first, first + spec.channels), *(slice(int(a), int(b)) for a, b in zip(low, high))
+    return slice(first, first + spec.channels), *map(slice, low, high)
 
 
 def _done() -> None:
