@@ -85,34 +85,40 @@ def batch_checksum(batch: Batch) -> str:
     return digest.hexdigest()
 
 
-class _Reading(grain.MapDataset[tuple[int, Begun]]):
-    """The studies that a process reads, one after another, each into its place in a batch of `size`.
+class _Reading(grain.MapDataset[list[Begun]]):
+    """The studies that a process reads, `group` of them an element, each into its place in a batch of `size`.
 
-    Threads may ask for them in any order, each once. The room of a batch is made when its first study is read.
+    Threads may ask for elements in any order, each once. The room of a batch is made when its first study is read.
     """
 
-    def __init__(self, draw: Callable[[int], Drawn], length: int, size: int):
+    def __init__(self, draw: Callable[[int], Drawn], length: int, size: int, group: int):
         super().__init__()
-        self._draw, self._length, self._size = draw, length, size
+        self._draw, self._length, self._size, self._group = draw, length // group, size, group
         self._room: dict[int, dict[str, np.ndarray]] = {}
         self._lock = threading.Lock()
+        self._joined = 0
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> tuple[int, Begun]:
+    def __getitem__(self, index: int) -> list[Begun]:
+        return [self._begin(i) for i in range(index * self._group, (index + 1) * self._group)]
+
+    def _begin(self, index: int) -> Begun:
         drawn, (batch, place) = self._draw(index), divmod(index, self._size)
         with self._lock:
             if batch not in self._room:
                 self._room[batch] = drawn.samples.voxels(self._size)
             room = self._room[batch]
-        return batch, drawn.begin({role: voxels[place] for role, voxels in room.items()})
+        return drawn.begin({role: voxels[place] for role, voxels in room.items()})
 
-    def joined(self, studies: Sequence[tuple[int, Begun]], packed: Mapping[str, PackedShape]) -> Batch:
-        """The studies of one batch, once all their voxels are there."""
-        for _, begun in studies:
+    def joined(self, elements: Sequence[list[Begun]], packed: Mapping[str, PackedShape]) -> Batch:
+        """The studies of the next batch, once all their voxels are there."""
+        studies = [begun for element in elements for begun in element]
+        for begun in studies:
             begun.wait()
-        return stack([begun.study for _, begun in studies], self._room.pop(studies[0][0]), packed)
+        room, self._joined = self._room.pop(self._joined), self._joined + 1
+        return stack([begun.study for begun in studies], room, packed)
 
 
 def _read_ahead(
@@ -120,14 +126,15 @@ def _read_ahead(
 ) -> Generator[Batch, None, None]:
     """Studies in batches of `size`, `prefetch` of them ahead, the first of which is already put together.
 
-    Threads begin to read single studies and TensorStore reads many at once, so the first batch comes as soon as it can.
+    Threads begin to read some studies at a time, as many as leave each two turns, and TensorStore reads many at once,
+    so the first batch comes as soon as it can.
     """
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, (prefetch - 1) * size))
-    reading = _Reading(draw, length, size)
-    batches = iter(
-        reading.to_iter_dataset(options).batch(size, batch_fn=functools.partial(reading.joined, packed=packed))
-    )
-    yield from _one_ahead(batches)
+    ahead = max(threads, (prefetch - 1) * size)
+    group = max(n for n in range(1, size + 1) if size % n == 0 and (n == 1 or 2 * threads * n <= ahead))
+    reading = _Reading(draw, length, size, group)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, ahead // group))
+    joined = functools.partial(reading.joined, packed=packed)
+    yield from _one_ahead(iter(reading.to_iter_dataset(options).batch(size // group, batch_fn=joined)))
 
 
 def _one_ahead(batches: Any) -> Generator[Batch, None, None]:
