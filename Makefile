@@ -17,7 +17,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile --max-worker-restart 0
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-newest launch-slurm ingest-ray seeds curve precision scan feed memory bench clean
+.PHONY: help demo test lint test-newest axes launch-slurm ingest-ray seeds curve precision scan feed memory bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installs into one environment would meet
 
@@ -80,6 +80,9 @@ test-newest:  ## run the tests on python3.12 or newer with the newest jax
 
 launch-slurm: $(VENV)/.test  ## train, preempt and resume under a real Slurm of two nodes on this machine (needs root)
 	@$(BIN)/python tests/launch/slurm.py
+
+axes: $(VENV)/.test  ## each mesh axis alone and all four on 16 virtual devices, beside one device (ten minutes)
+	MMFM_TEST_DEVICES=16 $(BIN)/python -m pytest tests/parallel/test_mesh.py -k losses_gradients
 
 ingest-ray: $(VENV)/.ray  ## ingest on a Ray cluster of three machines on this one, one of them killed (a minute)
 	@$(BIN)/python -m pytest tests/data/ingest/ray_cluster.py

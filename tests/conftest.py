@@ -30,7 +30,7 @@ os.environ.setdefault(
     "--xla_cpu_collective_call_terminate_timeout_seconds=300",  # 8 devices on 2 busy cores may wait for each other
 )
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
-split_cpu(8)
+split_cpu(int(os.environ.get("MMFM_TEST_DEVICES", "8")))
 
 settings.register_profile("mmfm", deadline=None)  # the first example of a test pays for compiling
 settings.load_profile("mmfm")

@@ -16,6 +16,7 @@ from mmfm_jax.train.state import TrainState, initial_state, learner_shapes, stat
 from mmfm_jax.train.step import make_step
 
 STEPS = 3
+BY_HAND = pytest.mark.skipif(jax.device_count() < 16, reason="minutes more, and 16 devices: `make axes`")
 
 
 def mesh_of(**sizes):
@@ -74,6 +75,10 @@ def alone(material):
         {"fsdp": 8},
         {"fsdp": 4, "tensor": 2},
         {"data": 2, "fsdp": 2, "sequence": 2},
+        pytest.param({"data": 2}, marks=BY_HAND),
+        pytest.param({"sequence": 2}, marks=BY_HAND),
+        pytest.param({"tensor": 2}, marks=BY_HAND),
+        pytest.param({"data": 2, "fsdp": 2, "sequence": 2, "tensor": 2}, marks=BY_HAND),
     ],
     ids=str,
 )

@@ -12,11 +12,13 @@ import atexit
 import functools
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
+from urllib.parse import urlsplit
 
 from mmfm_jax.data.ingest.pool import Limits, Pool
 from mmfm_jax.data.refuse import Refused
@@ -27,13 +29,14 @@ _TRIES = 4
 _AHEAD = 2
 """Tasks that are handed to Ray for each core of the cluster, so that none waits for the next."""
 _COUNT_CORES_S = 5.0
+_ANSWER_S = 10.0
 
 
 class RayPool:
     """What `Pool` is, over the cores that a running Ray cluster has at the time. A context manager.
 
     `limits.workers`: most tasks at once, or 0 for as many as there are cores. Raises UserError on entering when Ray is
-    not installed or no cluster runs; RAY_ADDRESS names one that does not run here.
+    not installed or no cluster runs or answers; RAY_ADDRESS names one that does not run here.
     """
 
     def __init__(self, limits: Limits):
@@ -46,8 +49,10 @@ class RayPool:
         import ray
 
         if not ray.is_initialized():
+            address = os.environ.get("RAY_ADDRESS") or "auto"
+            check_reachable(address)
             try:
-                ray.init(os.environ.get("RAY_ADDRESS") or "auto", log_to_driver=False, logging_level=logging.ERROR)
+                ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, TimeoutError) as error:
                 raise UserError(
                     "no Ray cluster was found; start one with `ray start --head`, or name it in RAY_ADDRESS"
@@ -94,6 +99,27 @@ class RayPool:
         finally:
             for reference in busy:
                 ray.cancel(reference, force=True)
+
+
+def check_reachable(address: str) -> None:
+    """Raises UserError when nothing answers at HOST:PORT or SCHEME://HOST:PORT, since Ray would ask for minutes.
+
+    What names no place, such as `auto`, passes.
+    """
+    try:
+        place = urlsplit(address if "://" in address else f"//{address}")
+        host, port = place.hostname, place.port
+    except ValueError as error:
+        raise UserError(f"RAY_ADDRESS: {address} is not HOST:PORT; mend it or unset it ({error})") from error
+    if host is None or port is None:
+        return
+    try:
+        socket.create_connection((host, port), timeout=_ANSWER_S).close()
+    except OSError as error:
+        raise UserError(
+            f"RAY_ADDRESS: no Ray cluster answers at {address} ({error}); start one with `ray start --head`, or name "
+            "one that runs"
+        ) from error
 
 
 def _work(limits: Limits, function: Callable[[Any], Any], task: Any) -> tuple[str, Any]:

@@ -3,6 +3,7 @@
 import ctypes
 import multiprocessing
 import os
+import socket
 import sys
 import time
 
@@ -88,3 +89,17 @@ def test_without_ray_there_is_a_sentence(monkeypatch):
     message = r"Ray is not installed; run `pip install 'mmfm_jax\[ray\]'`"
     with pytest.raises(UserError, match=message), ray_pool.RayPool(LIMITS):
         pass
+
+
+def test_a_ray_cluster_that_does_not_answer_is_said_at_once():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+            with pytest.raises(UserError, match=f"no Ray cluster answers at {address}"):
+                ray_pool.check_reachable(address)
+        listening.listen()
+        ray_pool.check_reachable(f"ray://127.0.0.1:{port}")
+    ray_pool.check_reachable("auto")
+    with pytest.raises(UserError, match="not HOST:PORT"):
+        ray_pool.check_reachable("head:port")
