@@ -248,13 +248,13 @@ class StudyStore:
     ) -> Callable[[], None]:
         """Begins to read the box at `start` of a study's volume of `shape` in the array at `path`."""
         low = [min(max(s, 0), n) for s, n in zip(start, shape)]
-        high = [min(max(s + room, l), n) for s, room, l, n in zip(start, out.shape, low, shape)]
-        inside = [h - l for l, h in zip(low, high)]
+        high = [min(max(s + room, first), n) for s, room, first, n in zip(start, out.shape, low, shape)]
+        inside = [last - first for first, last in zip(low, high)]
         if inside != [*out.shape[:3]]:
             out[...] = fill
             if 0 in inside:
                 return _done
-            out = out[tuple(slice(l - s, h - s) for l, h, s in zip(low, high, start))]
+            out = out[tuple(slice(first - s, last - s) for first, last, s in zip(low, high, start))]
         target = out.transpose(3, 0, 1, 2)
         try:
             voxels = self._array(path)[_voxels(spec, row, low, high)]
@@ -275,7 +275,7 @@ class StudyStore:
         info = self.volume_info(role, row)
         assert info is not None
         low = [min(max(s, 0), n) for s, n in zip(start, info[0])]
-        high = [min(max(s + room, l), n) for s, room, l, n in zip(start, size, low, info[0])]
+        high = [min(max(s + room, first), n) for s, room, first, n in zip(start, size, low, info[0])]
         return self._array(f"{self._group(role, row)}/0")[_voxels(self.schema.images[role], row, low, high)]
 
     def _read(self, path: str, box: tuple[slice | int, ...], row: int) -> np.ndarray:
