@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 from mmfm_jax.config import Experiment
 from mmfm_jax.data.example import Samples
@@ -44,7 +45,7 @@ def test_a_mixed_run_trains_and_resumes_bitwise(make_experiment, make_small_stor
     assert logged(stopped) == {step: of for step, of in logged(whole).items() if step > 2}
 
     _, spec, tokenizer = folder.read(whole)
-    store = open_data(experiment.data)
-    order = training_rows(Samples(store, experiment.inputs, spec, tokenizer), "train", experiment.seed)
+    store: Any = open_data(experiment.data)
+    order: Any = training_rows(Samples(store, experiment.inputs, spec, tokenizer), "train", experiment.seed)
     of = [store.stores[store.source(int(order[i].rest.study))].url for i in range(64)]
     assert of.count(experiment.data.mix["near"].store) == 48
