@@ -28,8 +28,9 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(TEXTS, 400)
 
 
+# Letters that Python's tables do not know yet (Cn) may have a lower case in those of the tokenizer: U+16EA0.
 @settings(deadline=None)
-@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+@given(text=st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=60))
 @example("")
 @example("Naïve «5,2 mm» 結節 🫁")
 @example("[MASK] [PAD] [START]")
