@@ -10,8 +10,8 @@ from mmfm_jax.plan.chips import GIB
 from mmfm_jax.plan.plan import Plan
 
 ESTIMATE = (
-    "Estimate: compiled for these chips and never run on one. Cycles are the compiler's, kernels are counted by "
-    "their products and vector work, links at what is published; reading data, validation and checkpoints are not in it."
+    "Estimate: compiled for these chips and never run on one. Cycles are the compiler's, kernels are counted by their "
+    "products and vector work, links at what is published; reading data, validation and checkpoints are not in it."
 )
 
 
