@@ -247,8 +247,7 @@ class StudyStore:
         self, out: np.ndarray, spec: ImageSpec, path: str, row: int, shape: Extent, start: Extent, fill: float
     ) -> Callable[[], None]:
         """Begins to read the box at `start` of a study's volume of `shape` in the array at `path`."""
-        low = [min(max(s, 0), n) for s, n in zip(start, shape)]
-        high = [min(max(s + room, first), n) for s, room, first, n in zip(start, out.shape, low, shape)]
+        low, high = _clipped(start, out.shape, shape)
         inside = [last - first for first, last in zip(low, high)]
         if inside != [*out.shape[:3]]:
             out[...] = fill
@@ -274,8 +273,7 @@ class StudyStore:
         """The box [channel, z, y, x] of a volume, clipped to it and not read yet, for who wants TensorStore's own."""
         info = self.volume_info(role, row)
         assert info is not None
-        low = [min(max(s, 0), n) for s, n in zip(start, info[0])]
-        high = [min(max(s + room, first), n) for s, room, first, n in zip(start, size, low, info[0])]
+        low, high = _clipped(start, size, info[0])
         return self._array(f"{self._group(role, row)}/0")[_voxels(self.schema.images[role], row, low, high)]
 
     def _read(self, path: str, box: tuple[slice | int, ...], row: int) -> np.ndarray:
@@ -386,6 +384,12 @@ class StudyStore:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a store of {len(self)} studies")
         return int(row)
+
+
+def _clipped(start: Sequence[int], size: Sequence[int], shape: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The part of a box that lies in a volume, first and last + 1; in plain numbers, for each crop passes here."""
+    low = [min(max(s, 0), n) for s, n in zip(start, shape)]
+    return low, [min(max(s + room, first), n) for s, room, first, n in zip(start, size, low, shape)]
 
 
 def _voxels(spec: ImageSpec, row: int, low: Sequence[int], high: Sequence[int]) -> tuple[slice, ...]:
