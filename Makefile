@@ -59,10 +59,11 @@ demo: $(VENV)/.samples  ## build the built-in store, train on the CPU, evaluate 
 test: lint $(VENV)/.test  ## lint, then run every test and notebook
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-lint: $(VENV)/.test $(VENV)/.lint  ## ruff, pyright and shellcheck
+lint: $(VENV)/.test $(VENV)/.lint  ## ruff, pyright, the layers of imports and shellcheck
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch
 
 # ---------------------------------------------------------------- what is run by hand

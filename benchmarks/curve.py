@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from seeds import SPLIT_KEYS, cell, measured
 
-from mmfm_jax.data.store import StudyStore
+from mmfm_jax.data.store.study_store import StudyStore
 
 SHARES = (0.25, 0.5, 1.0)
 SEEDS = (0, 1)

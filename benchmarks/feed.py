@@ -21,13 +21,15 @@ from rich.table import Table
 
 from mmfm_jax.bench.models import builtin
 from mmfm_jax.bench.volumes import SCHEMA, ct_studies
-from mmfm_jax.config import Experiment, MeshConfig, validate
-from mmfm_jax.data.example import Samples
-from mmfm_jax.data.order import training_rows
-from mmfm_jax.data.pipeline import local_batches
-from mmfm_jax.data.spec import make_spec
-from mmfm_jax.data.store import StudyStore, write_store
-from mmfm_jax.data.tokenizer import Tokenizer
+from mmfm_jax.config.training import MeshConfig
+from mmfm_jax.data.feed.example import Samples
+from mmfm_jax.data.feed.order import training_rows
+from mmfm_jax.data.feed.pipeline import local_batches
+from mmfm_jax.data.feed.spec import make_spec
+from mmfm_jax.data.feed.tokenizer import Tokenizer
+from mmfm_jax.data.store.study_store import StudyStore
+from mmfm_jax.data.store.writer import write_store
+from mmfm_jax.experiment import Experiment, validate
 from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.plan.lower import assumed_spec, make_program
 from mmfm_jax.train import loop

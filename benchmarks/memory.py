@@ -20,7 +20,7 @@ from rich.table import Table
 
 from mmfm_jax.bench.data import Reading, builtin
 from mmfm_jax.bench.volumes import SCHEMA, ct_studies
-from mmfm_jax.data.store import write_store
+from mmfm_jax.data.store.writer import write_store
 
 VOLUMES, SLICES = 24, 256
 BESIDES = 256 * 2**20

@@ -18,10 +18,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mmfm_jax.config import load_experiment
-from mmfm_jax.data import packing
 from mmfm_jax.data.batch import ImageShape
-from mmfm_jax.data.store import StudyStore
+from mmfm_jax.data.feed import packing
+from mmfm_jax.data.store.study_store import StudyStore
+from mmfm_jax.experiment import load_experiment
 
 ROLE, STORE, MMFM = "nodule", "data/lidc", [sys.executable, "-m", "mmfm_jax.cli"]
 WHOLE = ["--inputs.images.nodule.size", "36", "36", "36"]  # the demo at the largest extent that is packed

@@ -12,7 +12,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from mmfm_jax.config import load_experiment
+from mmfm_jax.experiment import load_experiment
 from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.plan.lower import assumed_spec, make_program
 

@@ -15,13 +15,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mmfm_jax.config import load_experiment
-from mmfm_jax.data.example import Samples
-from mmfm_jax.data.order import training_rows
-from mmfm_jax.data.pipeline import local_batches
-from mmfm_jax.data.spec import make_spec
-from mmfm_jax.data.store import StudyStore
-from mmfm_jax.data.tokenizer import Tokenizer
+from mmfm_jax.data.feed.example import Samples
+from mmfm_jax.data.feed.order import training_rows
+from mmfm_jax.data.feed.pipeline import local_batches
+from mmfm_jax.data.feed.spec import make_spec
+from mmfm_jax.data.feed.tokenizer import Tokenizer
+from mmfm_jax.data.store.study_store import StudyStore
+from mmfm_jax.experiment import load_experiment
 
 CONFIG, STORE = "configs/demo.yaml", "data/lidc"
 READ_S = 10

@@ -48,7 +48,7 @@ def ingest(args: argparse.Namespace) -> None:
     from mmfm_jax.data.ingest.pool import Limits
     from mmfm_jax.data.ingest.report import held, summary
     from mmfm_jax.data.ingest.run import ingest
-    from mmfm_jax.data.store import StudyStore
+    from mmfm_jax.data.store.study_store import StudyStore
 
     ray = args.runner == "ray"
     workers = args.workers or (0 if ray else os.cpu_count() or 1)
@@ -77,9 +77,9 @@ def inspect(args: argparse.Namespace) -> None:
     """
     from rich.console import Console
 
-    from mmfm_jax.data.inspect import summary
-    from mmfm_jax.data.inspect_page import write_page
-    from mmfm_jax.data.store import StudyStore
+    from mmfm_jax.data.inspect.page import write_page
+    from mmfm_jax.data.inspect.summary import summary
+    from mmfm_jax.data.store.study_store import StudyStore
 
     store = StudyStore.open(args.store)
     if args.verify:
@@ -93,7 +93,7 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
     import jax
     from rich.console import Console
 
-    from mmfm_jax.config import load_experiment
+    from mmfm_jax.experiment import load_experiment
     from mmfm_jax.parallel.compiled import keep_compiled
     from mmfm_jax.parallel.processes import start_processes
     from mmfm_jax.train.clock import Clock
@@ -156,7 +156,7 @@ def schema(args: argparse.Namespace) -> None:
     if args.of == "dataset":
         from mmfm_jax.data.ingest.dataset import Dataset as described
     else:
-        from mmfm_jax.config import experiment_type
+        from mmfm_jax.experiment import experiment_type
 
         described = experiment_type()
     print(json.dumps(described.model_json_schema(), indent=1))

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from mmfm_jax.config import Experiment, validate
 from mmfm_jax.data.batch import Batch, InputSpec
-from mmfm_jax.data.example import Samples
-from mmfm_jax.data.order import training_rows
-from mmfm_jax.data.pipeline import local_batches
-from mmfm_jax.data.spec import make_spec
-from mmfm_jax.data.store import StudyStore, write_store
+from mmfm_jax.data.feed.example import Samples
+from mmfm_jax.data.feed.order import training_rows
+from mmfm_jax.data.feed.pipeline import local_batches
+from mmfm_jax.data.feed.spec import make_spec
+from mmfm_jax.data.feed.tokenizer import Tokenizer
+from mmfm_jax.data.store.study_store import StudyStore
+from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.data.study import ColumnSpec, Image, ImageSpec, LabelSpec, Schema, Study
-from mmfm_jax.data.tokenizer import Tokenizer
+from mmfm_jax.experiment import Experiment, validate
 from mmfm_jax.parallel.processes import split_cpu
 from mmfm_jax.plan.chips import pod
 from mmfm_jax.plan.environment import compile_without_devices

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from jax.sharding import AbstractMesh
 
-from mmfm_jax.config import load_experiment
-from mmfm_jax.parallel.fit import check_fit
+from mmfm_jax.experiment import load_experiment
 from mmfm_jax.parallel.mesh import AXES
+from mmfm_jax.train.fit import check_fit
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PODS = {"pod": 256, "siglip_vit_l": 256, "vit_g_3d": 512, "multimodal_7b": 512, "long_volume": 256}

@@ -1,0 +1,1 @@
+"""Our step and our reading, timed beside those of others."""

@@ -25,15 +25,15 @@ from rich.table import Table
 
 from mmfm_jax.bench import monai_loader
 from mmfm_jax.bench.volumes import SCHEMA, ct_studies
-from mmfm_jax.config import Experiment, experiment_type, load_experiment, validate
-from mmfm_jax.data.example import Drawn, Samples
-from mmfm_jax.data.mix import open_data
-from mmfm_jax.data.order import training_rows
-from mmfm_jax.data.pipeline import local_batches
-from mmfm_jax.data.spec import make_spec
-from mmfm_jax.data.store import write_store
-from mmfm_jax.data.tokenizer import Tokenizer
+from mmfm_jax.data.feed.example import Drawn, Samples
+from mmfm_jax.data.feed.order import training_rows
+from mmfm_jax.data.feed.pipeline import local_batches
+from mmfm_jax.data.feed.spec import make_spec
+from mmfm_jax.data.feed.tokenizer import Tokenizer
+from mmfm_jax.data.store.mix import open_data
+from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.errors import UserError
+from mmfm_jax.experiment import Experiment, experiment_type, load_experiment, validate
 
 BUILTIN = "ct-96"
 VOLUMES, SLICES = 8, 256

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmfm_jax.config import Experiment, validate
+from mmfm_jax.experiment import Experiment, validate
 
 SMALL = {"width": 384, "depth": 12, "heads": 6}
 BASE = {"width": 768, "depth": 12, "heads": 12}

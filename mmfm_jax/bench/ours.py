@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmfm_jax.config import Experiment, MeshConfig
+from mmfm_jax.config.training import MeshConfig
+from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel import sharding
 from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.plan import lower

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from mmfm_jax.config import Experiment
 from mmfm_jax.errors import UserError
+from mmfm_jax.experiment import Experiment
 
 DIFFERENCES = (
     "Ours has rotary positions, RMSNorm, norms of queries and keys and no biases; SigLIP learned positions, LayerNorm, "

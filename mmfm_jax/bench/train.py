@@ -20,8 +20,8 @@ from rich.table import Table
 from mmfm_jax.bench import peer
 from mmfm_jax.bench.models import FOR_PLATFORM, MODELS, builtin
 from mmfm_jax.bench.ours import Ours, matmul_peak
-from mmfm_jax.config import Experiment, load_experiment
 from mmfm_jax.errors import UserError
+from mmfm_jax.experiment import Experiment, load_experiment
 
 WARM_UP = 2
 ROUND_SECONDS = 4.0  # a side takes steps for about as long before the other has its turn
@@ -82,7 +82,7 @@ def _experiment(name: str, overrides: list[str]) -> Experiment:
         return builtin(name)
     import tyro
 
-    from mmfm_jax.config import experiment_type
+    from mmfm_jax.experiment import experiment_type
 
     return tyro.cli(experiment_type(), default=builtin(name), args=overrides, prog=f"mmfm bench train {name}")
 

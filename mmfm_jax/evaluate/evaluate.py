@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table as RichTable
 
-from mmfm_jax.config import EvaluateConfig
+from mmfm_jax.config.evaluation import EvaluateConfig
 from mmfm_jax.data.batch import InputSpec
-from mmfm_jax.data.example import Samples
-from mmfm_jax.data.mix import StoreMix, open_data
-from mmfm_jax.data.pipeline import evaluation_batches
-from mmfm_jax.data.store import StudyStore
+from mmfm_jax.data.feed.example import Samples
+from mmfm_jax.data.feed.pipeline import evaluation_batches
+from mmfm_jax.data.store.mix import StoreMix, open_data
+from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.errors import UserError
 from mmfm_jax.evaluate.features import Features, average_readings, collect, embed_prompts, extractor
 from mmfm_jax.evaluate.metrics import Measure
@@ -34,9 +34,9 @@ from mmfm_jax.evaluate.protocols import (
     zero_shot,
 )
 from mmfm_jax.tasks.contrastive import Contrastive
-from mmfm_jax.tasks.learner import Learner
 from mmfm_jax.train import folder
 from mmfm_jax.train.checkpoint import TrainedRun, load_run
+from mmfm_jax.train.learner import Learner
 
 TRAIN = "train"
 TRAIN_STUDIES = 20_000  # of the training split that probes and baselines are fitted on, the first in the store

@@ -16,12 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int, Shaped
 
 from mmfm_jax.data.batch import PAD, Batch, ImagePart, InputSpec, LabelPart, TablePart, TextPart
-from mmfm_jax.data.tokenizer import Tokenizer
-from mmfm_jax.data.transforms import prepare
+from mmfm_jax.data.feed.tokenizer import Tokenizer
+from mmfm_jax.data.feed.transforms import prepare
 from mmfm_jax.tasks.base import Views
 from mmfm_jax.tasks.classification import Classification
 from mmfm_jax.tasks.contrastive import Contrastive
-from mmfm_jax.tasks.learner import Learner
+from mmfm_jax.train.learner import Learner
 
 FUSED = "fused"
 

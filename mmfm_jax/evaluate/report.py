@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from sklearn.metrics import roc_curve
 
-from mmfm_jax.data.example import Samples
-from mmfm_jax.data.packing import volume
-from mmfm_jax.data.slices import Slice, scaled_slice
+from mmfm_jax.data.feed.example import Samples
+from mmfm_jax.data.feed.packing import volume
+from mmfm_jax.data.inspect.slices import Slice, scaled_slice
 from mmfm_jax.evaluate import figures
 from mmfm_jax.evaluate.features import FUSED, Features
 from mmfm_jax.evaluate.metrics import Measure, confidence, retrieval_ranks

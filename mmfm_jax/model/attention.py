@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from mmfm_jax.data.batch import Array
 from mmfm_jax.model.flash import ALL, SCORES, Segments
-from mmfm_jax.model.heads import LANES, heads_of
+from mmfm_jax.model.head_layout import LANES, heads_of
 from mmfm_jax.model.layers import Linear, RMSNorm
 from mmfm_jax.model.ring import SAVED, blockwise
 from mmfm_jax.parallel.platform import platform

@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Bool, Float, Int
 
 from mmfm_jax.data.batch import Array
-from mmfm_jax.model.heads import LANES, by_head, by_head_with_inner, by_token
+from mmfm_jax.model.head_layout import LANES, by_head, by_head_with_inner, by_token
 from mmfm_jax.parallel.platform import device_kind, platform
 
 NOTHING = -1e30  # log of the denominator of a query that meets no key

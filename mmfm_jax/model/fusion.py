@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from mmfm_jax.config import FusionConfig
+from mmfm_jax.config.model import FusionConfig
 from mmfm_jax.data.batch import Array
 from mmfm_jax.model.layers import Linear, Table
 from mmfm_jax.model.tokens import Tokens, join

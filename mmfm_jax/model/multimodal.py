@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Bool, Float
 
-from mmfm_jax.config import ModelConfig
+from mmfm_jax.config.model import ModelConfig
 from mmfm_jax.data.batch import PAD, Array, Batch, InputSpec, PackedPart
 from mmfm_jax.model.fusion import Fusion
 from mmfm_jax.model.tabular import TableEncoder

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float
 
-from mmfm_jax.config import TableConfig
+from mmfm_jax.config.model import TableConfig
 from mmfm_jax.data.batch import Array, InputSpec, TablePart
 from mmfm_jax.model.layers import Table
 from mmfm_jax.model.transformer import Transformer

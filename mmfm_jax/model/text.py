@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from mmfm_jax.config import TransformerConfig
+from mmfm_jax.config.model import TransformerConfig
 from mmfm_jax.data.batch import Array
 from mmfm_jax.model.flash import Segments
 from mmfm_jax.model.layers import Table

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
-from mmfm_jax.config import TransformerConfig
+from mmfm_jax.config.model import TransformerConfig
 from mmfm_jax.data.batch import Array
 from mmfm_jax.errors import UserError
 from mmfm_jax.model.attention import Attention

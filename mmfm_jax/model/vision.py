@@ -8,7 +8,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Float
 
-from mmfm_jax.config import VisionConfig
+from mmfm_jax.config.model import VisionConfig
 from mmfm_jax.data.batch import Array, ImagePart, ImageShape, PackedPart
 from mmfm_jax.model.flash import ALL, Segments
 from mmfm_jax.model.layers import Linear, Table

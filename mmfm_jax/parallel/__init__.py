@@ -1,0 +1,1 @@
+"""Devices, meshes and processes, and how arrays lie on them."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 from mmfm_jax.parallel.platform import platform
 
 
-def scan(body, init, xs=None, length: int | None = None, unroll: int = 1):
+def scan(body, init, xs=None, length: int | None = None, unroll: int = 1) -> Any:
     """`jax.lax.scan`, and no loop at all where a mesh of CPU devices is in force.
 
     XLA's CPU runtime runs the collectives of a program in the program's order (its thunks take turns at one

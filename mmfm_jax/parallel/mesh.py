@@ -10,7 +10,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from mmfm_jax.config import MeshConfig
+from mmfm_jax.config.training import MeshConfig
 from mmfm_jax.errors import UserError
 
 AXES = ("data", "fsdp", "sequence", "tensor")

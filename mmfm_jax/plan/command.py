@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mmfm_jax.config import load_experiment
+from mmfm_jax.experiment import load_experiment
 from mmfm_jax.plan import lower
 from mmfm_jax.plan.chips import pod
 from mmfm_jax.plan.plan import as_json, make_plan

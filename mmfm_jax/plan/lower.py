@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mmfm_jax.config import Experiment
 from mmfm_jax.data.batch import (
     Batch,
     ImagePart,
@@ -25,8 +24,9 @@ from mmfm_jax.data.batch import (
     TablePart,
     TextPart,
 )
+from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel import sharding
-from mmfm_jax.parallel.fit import check_fit
+from mmfm_jax.train.fit import check_fit
 from mmfm_jax.train.optimizer import make_optimizer
 from mmfm_jax.train.state import TrainState, initial_state, learner_shapes, state_shardings
 from mmfm_jax.train.step import jitted_step
@@ -104,8 +104,8 @@ def spec_of_store(experiment: Experiment) -> tuple[InputSpec, dict[str, str]]:
 
     Raises UserError when the store cannot be read or lacks an input.
     """
-    from mmfm_jax.data.mix import open_data
-    from mmfm_jax.data.spec import make_spec
+    from mmfm_jax.data.feed.spec import make_spec
+    from mmfm_jax.data.store.mix import open_data
 
     store = open_data(experiment.data)
     tokenizer: Any = SimpleNamespace(vocabulary_size=experiment.data.vocabulary_size, mask_token=MASK_TOKEN)

@@ -11,8 +11,8 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from mmfm_jax.config import Experiment
 from mmfm_jax.data.batch import Batch, ImagePart, InputSpec, LabelPart, PackedPart, TablePart, TextPart
+from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel import sharding
 from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.parallel.processes import start_processes

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from mmfm_jax.config import Experiment
 from mmfm_jax.data.batch import InputSpec
+from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.plan import hlo, lower
 from mmfm_jax.plan.chips import Chip, Pod

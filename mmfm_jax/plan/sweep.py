@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
-from mmfm_jax.config import Experiment, MeshConfig
+from mmfm_jax.config.training import MeshConfig
 from mmfm_jax.data.batch import InputSpec
 from mmfm_jax.errors import UserError
+from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel.mesh import AXES, make_mesh
 from mmfm_jax.plan import plan as planning
 from mmfm_jax.plan.chips import GIB, Pod

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import abc
 import functools
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
+from pydantic import Field
 
-from mmfm_jax.config import ModelConfig, TaskConfig
+from mmfm_jax.config.base import Config
+from mmfm_jax.config.model import ModelConfig
 from mmfm_jax.data.batch import Array, Batch, InputSpec
 from mmfm_jax.model.multimodal import Encoded, MultimodalModel, drop_modalities
 
 Metrics = dict[str, Float[Array, ""]]
+
+
+class TaskConfig(Config):
+    """What every task has; each file in `tasks/` extends it with a `kind` of its own."""
+
+    kind: str
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Factor of this task's loss in the sum."""
 
 
 class Views:
@@ -54,9 +63,3 @@ class Task(nnx.Module):
     @abc.abstractmethod
     def loss(self, views: Views, rng: jax.Array) -> tuple[Float[Array, ""], Metrics]:
         """The mean loss over what is present in the batch, and metrics by name."""
-
-
-def mean_where(value: Float[Array, "*shape"], present: Array) -> Float[Array, ""]:
-    """Mean over what is present; 0 when nothing is. What is absent has no part in value or gradient, even if NaN."""
-    total = jnp.where(present, value, 0).sum()
-    return total / jnp.maximum(jnp.broadcast_to(present, value.shape).sum(), 1)

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from mmfm_jax.config import ModelConfig, TaskConfig, TransformerConfig
+from mmfm_jax.config.model import ModelConfig, TransformerConfig
 from mmfm_jax.data.batch import PAD, Array, InputSpec
 from mmfm_jax.errors import UserError
+from mmfm_jax.losses.mean import mean_where
+from mmfm_jax.losses.vocabulary import chunked_cross_entropy
 from mmfm_jax.model.decoder import TextDecoder
-from mmfm_jax.tasks.base import Metrics, Task, Views, mean_where
-from mmfm_jax.tasks.vocabulary import chunked_cross_entropy
+from mmfm_jax.tasks.base import Metrics, Task, TaskConfig, Views
 
 
 class CaptionConfig(TaskConfig):

@@ -10,11 +10,13 @@ import optax
 from flax import nnx
 from jaxtyping import Float
 
-from mmfm_jax.config import ModelConfig, Probability, TaskConfig
+from mmfm_jax.config.base import Probability
+from mmfm_jax.config.model import ModelConfig
 from mmfm_jax.data.batch import Array, InputSpec
 from mmfm_jax.errors import UserError
+from mmfm_jax.losses.mean import mean_where
 from mmfm_jax.model.layers import Linear, RMSNorm
-from mmfm_jax.tasks.base import Metrics, Task, Views, mean_where
+from mmfm_jax.tasks.base import Metrics, Task, TaskConfig, Views
 
 
 class ClassificationConfig(TaskConfig):

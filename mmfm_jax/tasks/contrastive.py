@@ -11,15 +11,15 @@ from flax import nnx
 from jaxtyping import Bool, Float, UInt32
 from pydantic import PositiveFloat, PositiveInt, model_validator
 
-from mmfm_jax.config import ModelConfig, TaskConfig
+from mmfm_jax.config.model import ModelConfig
 from mmfm_jax.data.batch import Array, Batch, InputSpec
 from mmfm_jax.errors import UserError
+from mmfm_jax.losses.pairs import contrast
 from mmfm_jax.model.attention import Attention
 from mmfm_jax.model.layers import Linear, RMSNorm, Table
 from mmfm_jax.model.multimodal import Encoded, modality
 from mmfm_jax.model.tokens import Tokens, join
-from mmfm_jax.tasks.base import Metrics, Task, Views
-from mmfm_jax.tasks.pairs import contrast
+from mmfm_jax.tasks.base import Metrics, Task, TaskConfig, Views
 
 Modality = Literal["image", "text", "table"]
 LARGEST_SCALE = 100.0  # as in CLIP

@@ -19,18 +19,20 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int
 from pydantic import PositiveInt
 
-from mmfm_jax.config import ModelConfig, Probability, TaskConfig, TransformerConfig
+from mmfm_jax.config.base import Probability
+from mmfm_jax.config.model import ModelConfig, TransformerConfig
 from mmfm_jax.data.batch import PAD, Array, Batch, InputSpec, PackedPart
 from mmfm_jax.errors import UserError
+from mmfm_jax.losses.mean import mean_where
+from mmfm_jax.losses.vocabulary import chunked_cross_entropy
 from mmfm_jax.model.decoder import Decoder
+from mmfm_jax.model.hiding import hide
 from mmfm_jax.model.layers import Linear, Table
 from mmfm_jax.model.multimodal import Hidden, table_present
 from mmfm_jax.model.position import angles_1d, angles_3d, waves
 from mmfm_jax.model.tokens import Tokens, join
 from mmfm_jax.model.vision import as_patches
-from mmfm_jax.tasks.base import Metrics, Task, Views, mean_where
-from mmfm_jax.tasks.hiding import hide
-from mmfm_jax.tasks.vocabulary import chunked_cross_entropy
+from mmfm_jax.tasks.base import Metrics, Task, TaskConfig, Views
 
 
 class MaskedConfig(TaskConfig):

@@ -1,0 +1,1 @@
+"""From an experiment to a trained run, and on from where it stopped."""

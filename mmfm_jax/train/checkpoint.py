@@ -15,12 +15,13 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from mmfm_jax.config import CheckpointConfig, Experiment
+from mmfm_jax.config.training import CheckpointConfig
 from mmfm_jax.data.batch import InputSpec
-from mmfm_jax.data.tokenizer import Tokenizer
+from mmfm_jax.data.feed.tokenizer import Tokenizer
 from mmfm_jax.errors import UserError
-from mmfm_jax.tasks.learner import Learner
+from mmfm_jax.experiment import Experiment
 from mmfm_jax.train import folder
+from mmfm_jax.train.learner import Learner
 from mmfm_jax.train.optimizer import make_optimizer
 from mmfm_jax.train.state import TrainState, initial_state, learner_shapes
 

@@ -11,7 +11,7 @@ from jax.extend import core
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from mmfm_jax.data.batch import Batch, InputSpec
-from mmfm_jax.data.transforms import prepare
+from mmfm_jax.data.feed.transforms import prepare
 from mmfm_jax.parallel.mesh import AXES
 
 PEAK_TFLOPS = {  # dense bf16, a chip, as the vendors publish them

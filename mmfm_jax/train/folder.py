@@ -19,10 +19,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mmfm_jax.config import Experiment, load_experiment, to_yaml
 from mmfm_jax.data.batch import InputSpec
-from mmfm_jax.data.tokenizer import Tokenizer
+from mmfm_jax.data.feed.tokenizer import Tokenizer
 from mmfm_jax.errors import UserError
+from mmfm_jax.experiment import Experiment, load_experiment, to_yaml
 
 CONFIG, INPUTS, TOKENIZER = "config.yaml", "inputs.json", "tokenizer.json"
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mmfm_jax.config import ParameterGroup
+from mmfm_jax.config.training import ParameterGroup
 from mmfm_jax.errors import UserError
 
 Groups = Sequence[ParameterGroup]

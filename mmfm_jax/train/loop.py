@@ -18,23 +18,23 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
-from mmfm_jax.config import Experiment
 from mmfm_jax.data.batch import InputSpec
-from mmfm_jax.data.example import Samples
-from mmfm_jax.data.mix import StoreMix, open_data
-from mmfm_jax.data.order import training_rows
-from mmfm_jax.data.pipeline import evaluation_batches, local_batches
-from mmfm_jax.data.spec import make_spec
-from mmfm_jax.data.store import StudyStore
-from mmfm_jax.data.tokenizer import Tokenizer
+from mmfm_jax.data.feed.example import Samples
+from mmfm_jax.data.feed.order import training_rows
+from mmfm_jax.data.feed.pipeline import evaluation_batches, local_batches
+from mmfm_jax.data.feed.spec import make_spec
+from mmfm_jax.data.feed.tokenizer import Tokenizer
+from mmfm_jax.data.store.mix import StoreMix, open_data
+from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.errors import UserError
+from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel import sharding
-from mmfm_jax.parallel.fit import check_fit
 from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.parallel.processes import meet
 from mmfm_jax.train import folder
 from mmfm_jax.train.checkpoint import Checkpoints
 from mmfm_jax.train.clock import Clock
+from mmfm_jax.train.fit import check_fit
 from mmfm_jax.train.flops import peak_flops, step_flops
 from mmfm_jax.train.optimizer import make_optimizer
 from mmfm_jax.train.state import initial_state, learner_shapes, state_shardings

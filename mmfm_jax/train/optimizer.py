@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from optax import contrib
 
-from mmfm_jax.config import OptimizerConfig
+from mmfm_jax.config.training import OptimizerConfig
 from mmfm_jax.train import groups
 
 MOMENTUM = 0.95  # of Muon, its author's

@@ -12,11 +12,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt32
 
-from mmfm_jax.config import Experiment
 from mmfm_jax.data.batch import InputSpec
+from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel import sharding
-from mmfm_jax.tasks.learner import Learner
 from mmfm_jax.train import groups
+from mmfm_jax.train.learner import Learner
 
 
 @jax.tree_util.register_dataclass

@@ -12,9 +12,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt32
 
-from mmfm_jax.config import Experiment
 from mmfm_jax.data.batch import Batch, InputSpec
-from mmfm_jax.data.transforms import prepare
+from mmfm_jax.data.feed.transforms import prepare
+from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel import sharding
 from mmfm_jax.parallel.loops import scan
 from mmfm_jax.tasks.base import Metrics

@@ -8,9 +8,10 @@ import pytest
 
 from mmfm_jax.bench import data, monai_loader
 from mmfm_jax.cli import main
-from mmfm_jax.config import to_yaml
-from mmfm_jax.data.store import StudyStore, write_store
+from mmfm_jax.data.store.study_store import StudyStore
+from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.data.study import Image, ImageSpec, Schema, Study
+from mmfm_jax.experiment import to_yaml
 
 monai_installed = pytest.mark.skipif(monai_loader.why_not() is not None, reason="monai or nibabel is not installed")
 

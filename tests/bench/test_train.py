@@ -13,7 +13,8 @@ import pytest
 from mmfm_jax.bench import peer
 from mmfm_jax.bench.models import builtin
 from mmfm_jax.cli import main
-from mmfm_jax.config import MeshConfig, to_yaml, validate
+from mmfm_jax.config.training import MeshConfig
+from mmfm_jax.experiment import to_yaml, validate
 from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.plan import lower
 from mmfm_jax.train import groups

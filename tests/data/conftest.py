@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmfm_jax.data.masks import POSITIONS
-from mmfm_jax.data.store import StudyStore, write_store
+from mmfm_jax.data.store.masks import POSITIONS
+from mmfm_jax.data.store.study_store import StudyStore
+from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.data.study import ColumnSpec, Image, ImageSpec, LabelSpec, MaskSpec, Schema, Study
 
 SCHEMA = Schema(

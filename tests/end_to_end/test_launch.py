@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mmfm_jax.config import to_yaml
+from mmfm_jax.experiment import to_yaml
 
 ROOT = Path(__file__).parents[2]
 

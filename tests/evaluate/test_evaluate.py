@@ -11,18 +11,18 @@ from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from mmfm_jax.config import validate
-from mmfm_jax.data.example import Samples
-from mmfm_jax.data.spec import make_spec
-from mmfm_jax.data.store import StudyStore
+from mmfm_jax.data.feed.example import Samples
+from mmfm_jax.data.feed.spec import make_spec
+from mmfm_jax.data.feed.tokenizer import Tokenizer
+from mmfm_jax.data.store.study_store import StudyStore
+from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.data.study import ColumnSpec, Image, ImageSpec, LabelSpec, Schema, Study
-from mmfm_jax.data.tokenizer import Tokenizer
-from mmfm_jax.data.writer import write_store
 from mmfm_jax.errors import UserError
 from mmfm_jax.evaluate import evaluate as module
 from mmfm_jax.evaluate.metrics import chance, measure
-from mmfm_jax.tasks.learner import Learner
+from mmfm_jax.experiment import validate
 from mmfm_jax.train.checkpoint import TrainedRun
+from mmfm_jax.train.learner import Learner
 
 SCHEMA = Schema(
     images={"scan": ImageSpec(dtype="uint8", shape=(4, 4, 4))},

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from mmfm_jax.data.slices import Slice, scale_bar_mm, scaled_slice
+from mmfm_jax.data.inspect.slices import Slice, scale_bar_mm, scaled_slice
 from mmfm_jax.evaluate import report
 from mmfm_jax.evaluate.metrics import Measure
 from mmfm_jax.evaluate.protocols import Predictions

@@ -204,8 +204,8 @@ def experiment(folder: Path) -> Path:
     assert found and found.loader
     small = importlib.util.module_from_spec(found)
     found.loader.exec_module(small)
-    from mmfm_jax.config import to_yaml, validate
-    from mmfm_jax.data.store import write_store
+    from mmfm_jax.data.store.writer import write_store
+    from mmfm_jax.experiment import to_yaml, validate
 
     write_store(str(folder / "store"), small.SCHEMA, small.small_studies(120))
     raw = small.SMALL | {"data": small.SMALL["data"] | {"store": str(folder / "store")}}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmfm_jax.config import ModelConfig, TransformerConfig
-from mmfm_jax.data.transforms import prepare
+from mmfm_jax.config.model import ModelConfig, TransformerConfig
+from mmfm_jax.data.feed.transforms import prepare
 from mmfm_jax.model.flash import ALL
 from mmfm_jax.model.multimodal import Hidden, MultimodalModel, Tokens, drop_modalities
 from mmfm_jax.model.transformer import Transformer

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mmfm_jax.config import TransformerConfig
+from mmfm_jax.config.model import TransformerConfig
 from mmfm_jax.errors import UserError
 from mmfm_jax.model.precision import matmul
 from mmfm_jax.model.transformer import Transformer

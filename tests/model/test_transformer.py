@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mmfm_jax.config import TransformerConfig
+from mmfm_jax.config.model import TransformerConfig
 from mmfm_jax.errors import UserError
 from mmfm_jax.model.flash import Segments
 from mmfm_jax.model.transformer import REMAT, Transformer

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmfm_jax.config import VisionConfig
+from mmfm_jax.config.model import VisionConfig
 from mmfm_jax.data.batch import ImagePart, ImageShape, PackedPart
 from mmfm_jax.model.vision import VisionEncoder, as_patches, patch_centres_mm, patches
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from mmfm_jax.config import MeshConfig
+from mmfm_jax.config.training import MeshConfig
 from mmfm_jax.errors import UserError
 from mmfm_jax.parallel import sharding
 from mmfm_jax.parallel.mesh import AXES, make_mesh, slice_of

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from mmfm_jax.config import validate
+from mmfm_jax.experiment import validate
 from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.plan import hlo, lower
 from mmfm_jax.plan.estimate import estimate

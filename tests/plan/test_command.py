@@ -14,8 +14,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from mmfm_jax.config import validate
 from mmfm_jax.errors import UserError
+from mmfm_jax.experiment import validate
 from mmfm_jax.plan import lower, sweep
 from mmfm_jax.plan.chips import GIB
 from mmfm_jax.plan.plan import make_plan

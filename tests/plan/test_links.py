@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mmfm_jax.config import MeshConfig
+from mmfm_jax.config.training import MeshConfig
 from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.plan import hlo
 from mmfm_jax.plan.chips import CHIPS

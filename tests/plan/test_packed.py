@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from mmfm_jax.config import MeshConfig
-from mmfm_jax.data.example import Samples
-from mmfm_jax.data.order import training_rows
-from mmfm_jax.data.pipeline import local_batches
-from mmfm_jax.data.spec import make_spec
+from mmfm_jax.config.training import MeshConfig
+from mmfm_jax.data.feed.example import Samples
+from mmfm_jax.data.feed.order import training_rows
+from mmfm_jax.data.feed.pipeline import local_batches
+from mmfm_jax.data.feed.spec import make_spec
 from mmfm_jax.errors import UserError
 from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.plan import lower, measure

@@ -9,14 +9,15 @@ import optax
 import pytest
 from flax import nnx
 
-from mmfm_jax.config import TransformerConfig
+from mmfm_jax.config.model import TransformerConfig
 from mmfm_jax.data.batch import PAD
-from mmfm_jax.data.transforms import prepare
+from mmfm_jax.data.feed.transforms import prepare
+from mmfm_jax.losses.mean import mean_where
+from mmfm_jax.losses.vocabulary import chunked_cross_entropy
 from mmfm_jax.model.decoder import TextDecoder
 from mmfm_jax.model.multimodal import MultimodalModel
-from mmfm_jax.tasks.base import Views, mean_where
+from mmfm_jax.tasks.base import Views
 from mmfm_jax.tasks.caption import Caption, CaptionConfig, shift
-from mmfm_jax.tasks.vocabulary import chunked_cross_entropy
 
 START, ENTRIES, LATENT_WIDTH = 2, 30, 6
 SIZE = TransformerConfig(width=16, depth=2, heads=2)

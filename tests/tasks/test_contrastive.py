@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmfm_jax.data.batch import Batch, TablePart, TextPart
+from mmfm_jax.losses.pairs import contrast
 from mmfm_jax.tasks.contrastive import text_hash
-from mmfm_jax.tasks.pairs import contrast
 
 
 def test_both_losses_equal_those_of_torch():

@@ -8,13 +8,13 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmfm_jax.data.transforms import prepare
+from mmfm_jax.data.feed.transforms import prepare
+from mmfm_jax.losses.vocabulary import chunked_cross_entropy
 from mmfm_jax.model.multimodal import MultimodalModel
 from mmfm_jax.model.vision import patches
 from mmfm_jax.tasks import masked
 from mmfm_jax.tasks.base import Views
 from mmfm_jax.tasks.masked import Masked, MaskedConfig, choose
-from mmfm_jax.tasks.vocabulary import chunked_cross_entropy
 
 
 @settings(max_examples=20)

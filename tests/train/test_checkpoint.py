@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmfm_jax.config import CheckpointConfig
+from mmfm_jax.config.training import CheckpointConfig
 from mmfm_jax.errors import UserError
 from mmfm_jax.train.checkpoint import Checkpoints
 from mmfm_jax.train.state import TrainState

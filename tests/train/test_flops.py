@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmfm_jax.config import MeshConfig, TransformerConfig
+from mmfm_jax.config.model import TransformerConfig
+from mmfm_jax.config.training import MeshConfig
+from mmfm_jax.losses.pairs import contrast
 from mmfm_jax.model.transformer import Transformer
 from mmfm_jax.parallel.mesh import AXES, make_mesh
-from mmfm_jax.tasks.pairs import contrast
 from mmfm_jax.train.flops import model_flops, step_flops
 from mmfm_jax.train.state import learner_shapes
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmfm_jax.config import ParameterGroup
+from mmfm_jax.config.training import ParameterGroup
 from mmfm_jax.errors import UserError
-from mmfm_jax.tasks.learner import Learner
 from mmfm_jax.train.groups import check, names, rates, split
+from mmfm_jax.train.learner import Learner
 from mmfm_jax.train.state import learner_shapes
 
 

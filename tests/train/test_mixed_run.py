@@ -4,10 +4,10 @@ import json
 import shutil
 from typing import Any
 
-from mmfm_jax.config import Experiment
-from mmfm_jax.data.example import Samples
-from mmfm_jax.data.mix import open_data
-from mmfm_jax.data.order import training_rows
+from mmfm_jax.data.feed.example import Samples
+from mmfm_jax.data.feed.order import training_rows
+from mmfm_jax.data.store.mix import open_data
+from mmfm_jax.experiment import Experiment
 from mmfm_jax.train import folder
 from mmfm_jax.train.loop import train
 

@@ -7,7 +7,8 @@ import optax
 import pytest
 from flax import nnx
 
-from mmfm_jax.config import OptimizerConfig, TransformerConfig
+from mmfm_jax.config.model import TransformerConfig
+from mmfm_jax.config.training import OptimizerConfig
 from mmfm_jax.model.layers import Linear, Table
 from mmfm_jax.model.transformer import Transformer
 from mmfm_jax.train.groups import names, rates

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from mmfm_jax.data.order import training_rows
-from mmfm_jax.data.pipeline import local_batches
-from mmfm_jax.data.store import StudyStore
+from mmfm_jax.data.feed.order import training_rows
+from mmfm_jax.data.feed.pipeline import local_batches
+from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.errors import UserError
 from mmfm_jax.evaluate.report import middle_slice
 from mmfm_jax.train import folder

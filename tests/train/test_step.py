@@ -9,8 +9,8 @@ import optax
 import pytest
 from flax import nnx
 
-from mmfm_jax.config import CheckpointConfig, MeshConfig, OptimizerConfig
-from mmfm_jax.data.transforms import prepare
+from mmfm_jax.config.training import CheckpointConfig, MeshConfig, OptimizerConfig
+from mmfm_jax.data.feed.transforms import prepare
 from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.plan.lower import make_program
 from mmfm_jax.train.checkpoint import Checkpoints

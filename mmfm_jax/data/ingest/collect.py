@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mmfm_jax.data.deid.scrub import spellings
 from mmfm_jax.data.ingest.convert import Look
 from mmfm_jax.data.ingest.dataset import Dataset
 from mmfm_jax.data.ingest.events import STUDY_TIME_TAGS
@@ -16,7 +17,6 @@ from mmfm_jax.data.ingest.studies import TEXTS, TableRow, TextFile
 from mmfm_jax.data.readers.fhir import People, people, rows
 from mmfm_jax.data.readers.table import Row, read_table
 from mmfm_jax.data.refuse import Refused
-from mmfm_jax.data.scrub import spellings
 from mmfm_jax.errors import UserError
 
 FOLDERS = "folders"

@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from mmfm_jax.data import presidio
+from mmfm_jax.data.deid import presidio
+from mmfm_jax.data.deid.scrub import scrub
+from mmfm_jax.data.deid.sections import section
 from mmfm_jax.data.geometry import for_store, mask_for_store
 from mmfm_jax.data.ingest.dataset import ImageRole
 from mmfm_jax.data.readers import DICOM, kind_of, read_volume
 from mmfm_jax.data.readers.dicom import Header, read_header
-from mmfm_jax.data.readers.masks import Legend, MaskSource, read_mask
+from mmfm_jax.data.readers.legend import Legend
+from mmfm_jax.data.readers.masks import MaskSource, read_mask
 from mmfm_jax.data.refuse import Refused
-from mmfm_jax.data.scrub import scrub
-from mmfm_jax.data.sections import section
 from mmfm_jax.data.study import Image
 
 

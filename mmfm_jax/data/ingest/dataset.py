@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from mmfm_jax.config import Config
+from mmfm_jax.config.base import Config
 from mmfm_jax.data.ingest.event_fields import EventSource, FromEvents
 from mmfm_jax.data.ingest.table_fields import FHIR_COLUMNS, FromTable, Patterns, Table
 from mmfm_jax.data.split import FRACTIONS

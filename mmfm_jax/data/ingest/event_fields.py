@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from mmfm_jax.config import Config
-from mmfm_jax.data.deid import per_year
+from mmfm_jax.config.base import Config
+from mmfm_jax.data.deid.identifiers import per_year
 from mmfm_jax.data.ingest.table_fields import Patterns
 
 VALUES = ("last", "first", "mean", "min", "max")

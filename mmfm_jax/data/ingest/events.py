@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from mmfm_jax.data.deid import capped_age, per_year
+from mmfm_jax.data.deid.identifiers import capped_age, per_year
 from mmfm_jax.data.ingest.dataset import Column, Dataset, Label
 from mmfm_jax.data.ingest.event_fields import VALUES, EventSource, StudyTime
 from mmfm_jax.data.ingest.inputs import Input

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.progress import Progress
 
-from mmfm_jax.data.deid import Hider
+from mmfm_jax.data.deid.identifiers import Hider
 from mmfm_jax.data.ingest.convert import Conversion, Converted, MaskOf, convert, converted
 from mmfm_jax.data.ingest.dataset import Dataset
 from mmfm_jax.data.ingest.ledger import Ledger
@@ -21,9 +21,10 @@ from mmfm_jax.data.ingest.pool import Runner
 from mmfm_jax.data.ingest.progress import shown
 from mmfm_jax.data.ingest.series import Owner
 from mmfm_jax.data.ingest.studies import Joined
-from mmfm_jax.data.readers.masks import Legend, MaskSource
+from mmfm_jax.data.readers.legend import Legend
+from mmfm_jax.data.readers.masks import MaskSource
 from mmfm_jax.data.refuse import Refused
-from mmfm_jax.data.store import StudyStore
+from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.data.study import Image, Study
 from mmfm_jax.errors import UserError
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mmfm_jax.data.deid import Hider
+from mmfm_jax.data.deid.identifiers import Hider
 from mmfm_jax.data.refuse import Refused, Reject
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from mmfm_jax.config import describe, read_yaml
+from mmfm_jax.config.files import describe, read_yaml
 from mmfm_jax.data.ingest.dataset import Dataset
 from mmfm_jax.errors import UserError
 

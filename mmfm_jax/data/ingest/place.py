@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mmfm_jax.data.format import local_folder, open_kvstore, read_store_file
-from mmfm_jax.data.store import StudyStore
+from mmfm_jax.data.store.format import local_folder, open_kvstore, read_store_file
+from mmfm_jax.data.store.study_store import StudyStore
+from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.data.study import Schema, Study
-from mmfm_jax.data.writer import write_store
 from mmfm_jax.errors import UserError
 
 

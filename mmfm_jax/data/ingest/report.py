@@ -8,14 +8,14 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from mmfm_jax.data.deid import Hider
+from mmfm_jax.data.deid.identifiers import Hider
 from mmfm_jax.data.ingest.inputs import Files, root_of
 from mmfm_jax.data.ingest.ledger import Counts, by_reason
 from mmfm_jax.data.ingest.load import load_dataset, read_key
 from mmfm_jax.data.ingest.run import Outcome
 from mmfm_jax.data.refuse import from_parquet
 from mmfm_jax.data.split import fingerprint
-from mmfm_jax.data.store import StudyStore
+from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.errors import UserError
 
 

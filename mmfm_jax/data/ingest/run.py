@@ -19,8 +19,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from mmfm_jax.data import presidio
-from mmfm_jax.data.deid import Hider
+from mmfm_jax.data.deid import presidio
+from mmfm_jax.data.deid.identifiers import Hider
 from mmfm_jax.data.ingest.collect import collect
 from mmfm_jax.data.ingest.convert import Cleaning, clean, look
 from mmfm_jax.data.ingest.dataset import Dataset
@@ -38,7 +38,7 @@ from mmfm_jax.data.ingest.series import group
 from mmfm_jax.data.ingest.studies import TEXTS, Join, Joined, RawText
 from mmfm_jax.data.refuse import Refused, Reject, from_parquet, to_parquet
 from mmfm_jax.data.split import fingerprint
-from mmfm_jax.data.store import StudyStore
+from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.data.study import ColumnSpec, ImageSpec, LabelSpec, MaskSpec, Schema
 from mmfm_jax.errors import UserError
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mmfm_jax.data.deid import suspicions
 from mmfm_jax.data.ingest.dataset import Dataset, Files, ImageRole
 from mmfm_jax.data.ingest.inputs import Input
 from mmfm_jax.data.ingest.ledger import Ledger
+from mmfm_jax.data.ingest.suspicions import suspicions
 from mmfm_jax.data.readers import DICOM
 from mmfm_jax.data.readers.dicom import Header
 from mmfm_jax.data.refuse import Refused

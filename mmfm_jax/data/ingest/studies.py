@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
 
-from mmfm_jax.data.deid import OLDEST_YEARS, Hider, reaches_past_89
+from mmfm_jax.data.deid.identifiers import OLDEST_YEARS, Hider, reaches_past_89
+from mmfm_jax.data.deid.scrub import spellings
 from mmfm_jax.data.ingest.dataset import Column, Dataset, Label
 from mmfm_jax.data.ingest.ledger import Ledger
 from mmfm_jax.data.ingest.masks import MaskFile, StudyMask, together
@@ -14,7 +15,6 @@ from mmfm_jax.data.ingest.series import IMAGES, Owner, Series
 from mmfm_jax.data.ingest.values import typed
 from mmfm_jax.data.readers.table import Row
 from mmfm_jax.data.refuse import Refused
-from mmfm_jax.data.scrub import spellings
 from mmfm_jax.data.split import split_of
 from mmfm_jax.errors import UserError
 

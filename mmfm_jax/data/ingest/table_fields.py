@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, field_validator, model_validator
 
-from mmfm_jax.config import Config
+from mmfm_jax.config.base import Config
 
 
 def below_root(patterns: tuple[str, ...]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from datetime import date, datetime
 
-from mmfm_jax.data.deid import age_in, capped_age
+from mmfm_jax.data.deid.identifiers import age_in, capped_age
 from mmfm_jax.data.ingest.dataset import Column, Label
 from mmfm_jax.data.refuse import Refused
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmfm_jax.data.deid.scrub import spellings
 from mmfm_jax.data.refuse import Refused
-from mmfm_jax.data.scrub import spellings
 from mmfm_jax.errors import UserError
 
 if TYPE_CHECKING:

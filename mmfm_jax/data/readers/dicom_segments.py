@@ -21,7 +21,7 @@ from mmfm_jax.data.refuse import Refused
 if TYPE_CHECKING:
     import pydicom
 
-    from mmfm_jax.data.readers.masks import Legend
+    from mmfm_jax.data.readers.legend import Legend
 
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 

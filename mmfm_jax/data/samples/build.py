@@ -17,11 +17,11 @@ import yaml
 from rich.console import Console
 from rich.progress import track
 
-from mmfm_jax.data.format import local_folder, open_kvstore, read_store_file
 from mmfm_jax.data.ingest.dataset import Dataset
 from mmfm_jax.data.ingest.pool import Limits
 from mmfm_jax.data.ingest.run import ingest, schema_of, source_of
-from mmfm_jax.data.writer import check_free
+from mmfm_jax.data.store.format import local_folder, open_kvstore, read_store_file
+from mmfm_jax.data.store.writer import check_free
 from mmfm_jax.errors import UserError
 
 _CHANGED = 946_684_800

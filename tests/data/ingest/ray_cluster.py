@@ -22,7 +22,7 @@ from mmfm_jax.cli import main
 from mmfm_jax.data.ingest.pool import Limits
 from mmfm_jax.data.ingest.ray_pool import RayPool
 from mmfm_jax.data.refuse import Refused
-from mmfm_jax.data.store import StudyStore
+from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.errors import UserError
 
 

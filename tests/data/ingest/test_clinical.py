@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmfm_jax.data.store import StudyStore
+from mmfm_jax.data.store.study_store import StudyStore
 
 pytest.importorskip("pydicom")
 MRN, ACCESSION, LOINC, ICD = "urn:mrn", "urn:acc", "http://loinc.org", "icd"

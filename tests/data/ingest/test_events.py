@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.progress import Progress
 
-from mmfm_jax.data.deid import Hider
+from mmfm_jax.data.deid.identifiers import Hider
 from mmfm_jax.data.ingest.dataset import Dataset
 from mmfm_jax.data.ingest.events import add_events
 from mmfm_jax.data.ingest.inputs import look_at

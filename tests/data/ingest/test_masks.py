@@ -8,7 +8,7 @@ import pytest
 from mmfm_jax.data.geometry import nearest
 from mmfm_jax.data.ingest.pool import Pool
 from mmfm_jax.data.refuse import Refused
-from mmfm_jax.data.store import StudyStore
+from mmfm_jax.data.store.study_store import StudyStore
 
 pydicom = pytest.importorskip("pydicom")
 pytest.importorskip("highdicom")

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from mmfm_jax.data.inspect_page import write_page
-from mmfm_jax.data.store import StudyStore
+from mmfm_jax.data.inspect.page import write_page
+from mmfm_jax.data.store.study_store import StudyStore
 
 pydicom = pytest.importorskip("pydicom")
 pytest.importorskip("PIL")

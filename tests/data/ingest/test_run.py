@@ -12,9 +12,9 @@ from datetime import date
 import numpy as np
 import pytest
 
-from mmfm_jax.data.deid import Hider
+from mmfm_jax.data.deid.identifiers import Hider
 from mmfm_jax.data.split import split_of
-from mmfm_jax.data.store import StudyStore
+from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.errors import UserError
 
 pytest.importorskip("pydicom")

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from mmfm_jax.data.deid import Hider
+from mmfm_jax.data.deid.identifiers import Hider
 from mmfm_jax.data.ingest.inputs import Files
 from mmfm_jax.data.ingest.pool import Limits
 from mmfm_jax.data.ingest.run import ingest
-from mmfm_jax.data.store import StudyStore
+from mmfm_jax.data.store.study_store import StudyStore
 
 pydicom = pytest.importorskip("pydicom")
 nib = pytest.importorskip("nibabel")

@@ -9,7 +9,8 @@ from matplotlib.path import Path as Line
 from mmfm_jax.data.geometry import Volume, for_store, mask_for_store, onto
 from mmfm_jax.data.readers import DICOM, kind_of, read_volume
 from mmfm_jax.data.readers.dicom_segments import even_odd
-from mmfm_jax.data.readers.masks import Legend, MaskSource, read_mask
+from mmfm_jax.data.readers.legend import Legend
+from mmfm_jax.data.readers.masks import MaskSource, read_mask
 from mmfm_jax.data.refuse import Refused
 
 nib = pytest.importorskip("nibabel")

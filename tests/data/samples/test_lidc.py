@@ -26,7 +26,7 @@ from mmfm_jax.data.samples import lidc
 from mmfm_jax.data.samples.lidc import DATASET, build_lidc, group_readings, read_nodules
 from mmfm_jax.data.samples.outline import Outline, region
 from mmfm_jax.data.split import FRACTIONS, pseudonym, split_of
-from mmfm_jax.data.store import StudyStore
+from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.errors import UserError
 
 KEY = "a key"

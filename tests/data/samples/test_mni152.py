@@ -11,7 +11,7 @@ from rich.console import Console
 from mmfm_jax.data.samples import mni152
 from mmfm_jax.data.samples.mni152 import BLOCK, Block, blocks, build_mni152, read_template
 from mmfm_jax.data.split import pseudonym
-from mmfm_jax.data.store import StudyStore
+from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.errors import UserError
 
 nib = pytest.importorskip("nibabel")

@@ -1,0 +1,91 @@
+"""`data`: where studies come from and how they are read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from mmfm_jax.config.base import Config, Count, Fraction, Probability
+from mmfm_jax.config.inputs import Foreground, ImageInput
+
+
+class Augment(Config):
+    """Random changes to training images, made on the device inside the jitted step."""
+
+    flip: Probability = 0.5
+    """Chance of a mirror image along each axis."""
+    shift_mm: Annotated[float, Field(ge=0)] = 0.0
+    """Largest shift along each axis, in millimetres."""
+    rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Largest rotation about each axis."""
+    intensity: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Largest relative change of contrast, and largest shift of brightness, of the windowed image."""
+
+
+class ImageOptions(Config):
+    """What is otherwise for the images of one store of a mix; what is not given is as in `inputs.images`."""
+
+    window: tuple[float, float] | None = None
+    crop: Literal["centre", "random"] | None = None
+    foreground: Foreground | None = None
+
+    @model_validator(mode="after")
+    def _window_is_one(self):
+        if self.window is not None and self.window[0] >= self.window[1]:
+            raise ValueError(f"window {list(self.window)} is empty; give [low, high] with low < high")
+        return self
+
+
+def changed_image(image: ImageInput, options: ImageOptions | None) -> ImageInput:
+    """How an image enters the model from a store with options of its own."""
+    given = {name: value for name in ImageOptions.model_fields if (value := getattr(options, name, None)) is not None}
+    return image.model_copy(update=given)
+
+
+class MixedStore(Config):
+    """One of several stores that training draws from."""
+
+    store: str
+    """A StudyStore: a folder or a TensorStore URL."""
+    weight: PositiveFloat = 1.0
+    """Studies drawn from it, relative to the other stores; every stretch of the order keeps the proportion."""
+    augment: Augment | None = None
+    """In place of `data.augment`."""
+    images: dict[str, ImageOptions] = {}
+    """By role."""
+
+
+class DataConfig(Config):
+    """Where studies come from and how they are read."""
+
+    store: str = ""
+    """A StudyStore: a folder, or a TensorStore URL (file:// gs:// s3:// memory://)."""
+    mix: dict[str, MixedStore] = {}
+    """Several stores by a name of yours, in place of `store`. A part that one of them lacks is missing there."""
+    vocabulary_size: PositiveInt = 4096
+    """Entries of the tokenizer trained on the store's training texts."""
+    train_share: Fraction = 1.0
+    """Share of the training patients, by a hash of each, so that a smaller share is part of a larger: the model, the
+    tokenizer and an evaluation's probes learn from it. Means and deviations of columns stay those of all of them."""
+    tokenizer: str | None = None
+    """A Hugging Face tokenizer.json to use instead of training one."""
+    augment: Augment = Augment()
+    reader_threads: PositiveInt = 8
+    """Threads that read and crop studies ahead of the step; they change the speed, never the batches."""
+    prefetch_batches: PositiveInt = 4
+    """Batches held ready on the host."""
+    cache_bytes: Count = 128 * 2**20
+    """Memory for chunks and shard indices that a process keeps, of all its stores together. Crops at random places of
+    many volumes seldom meet a chunk again, so more of it helps where the volumes are few."""
+
+    @model_validator(mode="after")
+    def _store_or_mix(self):
+        if bool(self.store) == bool(self.mix):
+            raise ValueError("give either `store` or, for several stores, `mix`")
+        return self
+
+    @property
+    def augments(self) -> tuple[Augment, ...]:
+        """Of each store, in the order of names; one where there is one store."""
+        return tuple(self.mix[name].augment or self.augment for name in sorted(self.mix)) or (self.augment,)

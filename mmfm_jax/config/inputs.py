@@ -1,0 +1,118 @@
+"""`inputs`: the contract between the data and the model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveFloat, PositiveInt, model_validator
+
+from mmfm_jax.config.base import Config, Extent, Fraction
+
+
+class Packing(Config):
+    """Images of several studies side by side in one row of tokens (NaViT, arXiv:2307.06304), each as large as it is."""
+
+    studies: PositiveInt
+    """Studies that share a row, the same number for every packed role; divides the batch of a device."""
+    tokens: PositiveInt
+    """Patches of a row; where its studies have more, the largest lose patches at their borders."""
+    trim: bool = False
+    """Leaves out border patches that hold nothing above the low end of `window`, such as air around a body."""
+
+    @model_validator(mode="after")
+    def _one_each(self):
+        if self.tokens < self.studies:
+            raise ValueError(
+                f"{self.tokens} tokens leave no patch for some of {self.studies} studies; give more tokens"
+            )
+        return self
+
+
+class Foreground(Config):
+    """A share of the random crops centred on a voxel of the foreground, as nnU-Net does."""
+
+    share: Fraction = 0.33
+    """Of the training crops; the others are anywhere in the volume."""
+    mask: str | None = None
+    """Mask of the role whose classes are the foreground: of those that a study holds one is drawn, then a voxel of it.
+    Without a mask, foreground is what is brighter than `above`."""
+    above: float | None = None
+    """Raw value; by default the one that parts the training images of the store best in two (Otsu's)."""
+
+    @model_validator(mode="after")
+    def _one_kind(self):
+        if self.mask is not None and self.above is not None:
+            raise ValueError("`mask` and `above` are two ways to say what foreground is; leave one of them out")
+        return self
+
+
+class ImageInput(Config):
+    """How one image role enters the model."""
+
+    size: Extent
+    """Voxels of the crop, z y x; a 2D image is one slice (1, y, x). The largest crop where images are packed."""
+    patch: Extent
+    """Voxels of one token, z y x; divides `size`."""
+    window: tuple[float, float]
+    """Raw values (HU, grey levels) that map to 0 and 1; values outside are clipped."""
+    crop: Literal["centre", "random"] = "centre"
+    """Where training crops of volumes larger than `size` are taken; evaluation always takes the centre."""
+    spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    """Spacing of the voxels of `size`, z y x: crops of a store of native spacings are read as large as they need be and
+    resampled on the device. Without it a crop is `size` voxels as the store holds them."""
+    foreground: Foreground | None = None
+    """Centres a share of the random crops on the foreground or on classes of a mask."""
+    pack: Packing | None = None
+    """Gives each image only the tokens that it fills, and lets several studies share a row of them."""
+
+    @model_validator(mode="after")
+    def _divides(self):
+        if any(s % p for s, p in zip(self.size, self.patch)):
+            raise ValueError(
+                f"patch {list(self.patch)} does not divide size {list(self.size)}; make each size a multiple"
+            )
+        if self.window[0] >= self.window[1]:
+            raise ValueError(f"window {list(self.window)} is empty; give [low, high] with low < high")
+        if self.spacing_mm and self.pack:
+            raise ValueError(
+                "spacing_mm resamples voxels across patches, which packed images cannot do; drop one of them"
+            )
+        if self.foreground and self.crop != "random":
+            raise ValueError("foreground is of random crops; set crop: random")
+        return self
+
+
+class TextInput(Config):
+    """How one text field enters the model."""
+
+    length: PositiveInt
+    """Tokens kept of a text; shorter ones are padded."""
+    sentence_keep: Fraction = 1.0
+    """Training only: chance that a sentence of the text is shown, in random order (ConVIRT, arXiv:2010.00747);
+    1 shows the text as it stands."""
+
+
+class Inputs(Config):
+    """Which parts of a study the model sees."""
+
+    images: dict[str, ImageInput] = {}
+    """Image roles by their name in the store."""
+    texts: dict[str, TextInput] = {}
+    """Text fields by their name in the store."""
+    columns: tuple[str, ...] = ()
+    """Table columns by their name in the store."""
+
+    @model_validator(mode="after")
+    def _some(self):
+        if not (self.images or self.texts or self.columns):
+            raise ValueError("no image, text or column is named; name at least one")
+        packed = {image.pack.studies for image in self.images.values() if image.pack}
+        if len(packed) > 1:
+            counts = " and ".join(map(str, sorted(packed)))
+            raise ValueError(f"images are packed {counts} studies a row; give every packed role the same pack.studies")
+        return self
+
+    @property
+    def studies_a_row(self) -> int:
+        """Consecutive studies of a batch that cannot be parted, because their images share a row."""
+        return max((image.pack.studies for image in self.images.values() if image.pack), default=1)

@@ -1,0 +1,72 @@
+"""`model`: sizes of the encoders and of their fusion."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveFloat, PositiveInt, model_validator
+
+from mmfm_jax.config.base import Config, Count, Probability
+
+
+class TransformerConfig(Config):
+    """Size of one stack of pre-norm transformer blocks."""
+
+    width: PositiveInt
+    depth: PositiveInt
+    heads: PositiveInt
+    mlp_ratio: PositiveFloat = 4.0
+    """Hidden width of the MLP over `width`."""
+    gated: bool = False
+    """Gated (GEGLU, arXiv:2002.05202) instead of plain GELU MLP."""
+    remat: Literal["none", "dots", "hidden", "attention", "full", "offload"] = "none"
+    """What backward recomputes: nothing, all but the outputs of matmuls and attention, all but those of attention and
+    the hidden layers of MLPs, all but those of attention, or whole blocks; `offload` is `full` with what enters each
+    block kept in the host's memory."""
+    precision: Literal["dtype", "int8", "fp8"] = "dtype"
+    """Of the linear layers' products: that of the activations, or eight bits with a scale for each token and column
+    (needs `pip install 'mmfm_jax[quantised]'`)."""
+    attention: Literal["auto", "xla", "blocks", "cudnn", "splash"] = "auto"
+    """How attention is computed: `auto` chooses by platform and shape; model/attention.py says what each is."""
+    unroll: PositiveInt = 1
+    """Blocks a turn of the loop over depth: more compile longer and spare the copies of what backward keeps."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self):
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} do not divide width {self.width}")
+        if (self.width // self.heads) % 2:
+            raise ValueError(
+                f"width {self.width} over heads {self.heads} is odd; rotary positions need an even head width"
+            )
+        return self
+
+
+class VisionConfig(TransformerConfig):
+    registers: Count = 4
+    """Learned tokens beside the patches that hold global information (arXiv:2309.16588)."""
+    wavelengths_mm: tuple[PositiveFloat, PositiveFloat] = (4.0, 2000.0)
+    """Shortest and longest wavelength of the rotary positions: from about a patch to wider than any image."""
+
+
+class TableConfig(TransformerConfig):
+    frequencies: PositiveInt = 16
+    """Sine and cosine features of each number (arXiv:2203.05556)."""
+
+
+class FusionConfig(TransformerConfig):
+    latents: PositiveInt = 16
+    """Learned queries that cross-attend to every token present (Perceiver, arXiv:2103.03206)."""
+    drop: Probability = 0.0
+    """Training only: chance that a present modality is hidden from the fusion, so it works without any one of them."""
+
+
+class ModelConfig(Config):
+    """The encoders and their fusion. Widths may differ; tokens are projected to the width of the fusion."""
+
+    vision: VisionConfig
+    text: TransformerConfig
+    table: TableConfig
+    fusion: FusionConfig
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of activations and matmuls; parameters are float32."""

@@ -1,0 +1,152 @@
+"""Studies without their voxels as Parquet: how they are encoded, and read back one row group at a time."""
+
+from __future__ import annotations
+
+import functools
+import io
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tensorstore as ts
+
+from mmfm_jax.data.store.format import GROUP_STUDIES, PART_STUDIES
+from mmfm_jax.data.store.masks import MaskSummary
+from mmfm_jax.data.study import Schema, Study
+from mmfm_jax.errors import UserError
+
+INDEX_SCHEMA = pa.schema([("patient", pa.string()), ("split", pa.string())])
+_CACHED_GROUPS = 128  # of 256 studies each
+_CACHED_FOOTERS = 256  # of 65,536 studies each
+
+
+def part_name(table: str, part: int) -> str:
+    return f"{table}.parquet/{part:05d}.parquet"
+
+
+def arrow_schema(schema: Schema) -> pa.Schema:
+    """Columns of `studies.parquet`. A missing part is null."""
+    fields = [*INDEX_SCHEMA]
+    for role, image in schema.images.items():
+        fields.append(pa.field(f"image/{role}/spacing_mm", pa.list_(pa.float64())))
+        if image.shape is None:
+            fields.append(pa.field(f"image/{role}/shape", pa.list_(pa.int32())))
+            fields.append(pa.field(f"image/{role}/sha256", pa.string()))
+    fields += [pa.field(f"text/{name}", pa.list_(pa.string())) for name in schema.texts]
+    for name, column in schema.columns.items():
+        fields.append(pa.field(f"column/{name}", pa.float64() if column.kind == "number" else pa.string()))
+    fields += [pa.field(f"label/{name}", pa.string()) for name in schema.labels]
+    fields += [pa.field(f"mask/{name}/voxels", pa.list_(pa.int64())) for name in schema.masks]
+    return pa.schema(fields)
+
+
+def encode(study: Study, schema: Schema, checksums: dict[str, str], masks: dict[str, MaskSummary]) -> dict:
+    """One row of `studies.parquet`; `checksums` are of the study's volumes by role, `masks` of its masks."""
+    row: dict = {"patient": study.patient, "split": study.split}
+    for role, image in study.images.items():
+        row[f"image/{role}/spacing_mm"] = [float(s) for s in image.spacing_mm]
+        if role in checksums:
+            row[f"image/{role}/shape"] = list(image.voxels.shape[:3])
+            row[f"image/{role}/sha256"] = checksums[role]
+    row |= {f"text/{name}": list(texts) for name, texts in study.texts.items() if texts}
+    row |= {f"column/{name}": value for name, value in study.row.items()}
+    row |= {f"label/{name}": schema.labels[name].classes[value] for name, value in study.labels.items()}
+    row |= {f"mask/{name}/voxels": mask.voxels.tolist() for name, mask in masks.items()}
+    return row
+
+
+def write_part(rows: list[dict], schema: pa.Schema, group: int) -> bytes:
+    """A Parquet file of `rows` in row groups of `group`; keys not in `schema` are left out."""
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, row_group_size=group, compression="zstd")
+    return sink.getvalue()
+
+
+class StudyRows:
+    """Rows of `studies.parquet`, each reached by one ranged read of the row group it is in.
+
+    Safe to use from many threads. Memory: at most 128 row groups (32,768 studies) and 256 footers are kept.
+    """
+
+    def __init__(self, kvstore: ts.KvStore, url: str):
+        self._kvstore, self._url = kvstore, url
+        self._footer = functools.lru_cache(_CACHED_FOOTERS)(self._read_footer)
+        self._group = functools.lru_cache(_CACHED_GROUPS)(self.read_group)
+
+    def get(self, row: int, columns: list[str]) -> dict:
+        """Values of `columns` at a row; missing ones are None."""
+        batch = self._group(row // PART_STUDIES, row % PART_STUDIES // GROUP_STUDIES)
+        at = row % PART_STUDIES % GROUP_STUDIES
+        return {name: batch.column(name)[at].as_py() for name in columns}
+
+    def whole_part(self, table: str, part: int, columns: list[str]) -> pa.Table:
+        """`columns` of every row of one part."""
+        name = part_name(table, part)
+        data = self._read(name, slice(None))
+        try:
+            return pq.read_table(pa.BufferReader(data), columns=columns, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(name) from error
+
+    def _read_footer(self, part: int) -> pq.FileMetaData:
+        name = part_name("studies", part)
+        length = int.from_bytes(self._read(name, slice(-8, None))[:4], "little") + 8
+        data = self._read(name, slice(-length, None))
+        try:
+            return pq.read_metadata(pa.BufferReader(data))
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(name) from error
+
+    def read_group(self, part: int, group: int) -> pa.RecordBatch:
+        """Every column of one row group, not kept."""
+        name = part_name("studies", part)
+        footer = self._footer(part)
+        chunks = [footer.row_group(group).column(i) for i in range(footer.num_columns)]
+        starts = [c.dictionary_page_offset or c.data_page_offset for c in chunks]
+        start, end = min(starts), max(s + c.total_compressed_size for s, c in zip(starts, chunks))
+        window = _Window(self._read(name, slice(start, end)), start)
+        try:
+            file = pq.ParquetFile(window, metadata=footer)
+            return file.read_row_group(group, use_threads=False).combine_chunks().to_batches()[0]
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(name) from error
+
+    def _read(self, name: str, byte_range: slice) -> bytes:
+        try:
+            found = self._kvstore.read(name, byte_range=byte_range).result()
+        except ValueError as error:
+            raise self._damaged(name) from error
+        if found.state == "missing":
+            raise UserError(f"{self._url}/{name}: is missing from the store; copy the store again or build it again")
+        return found.value
+
+    def _damaged(self, name: str) -> UserError:
+        return UserError(f"{self._url}/{name}: is damaged or cut short; copy the store again or build it again")
+
+
+class _Window(io.RawIOBase):
+    """Part of a file, already read, under the offsets that it has in the whole file."""
+
+    def __init__(self, data: bytes, start: int):
+        self._data, self._start, self._at = data, start, start
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        end = self._start + len(self._data)
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: end}[whence]
+        return self._at
+
+    def read(self, size: int = -1, /) -> bytes:
+        at = self._at - self._start
+        if at < 0:
+            raise OSError("read before the window")
+        data = self._data[at:] if size < 0 else self._data[at : at + size]
+        self._at += len(data)
+        return data

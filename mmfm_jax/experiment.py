@@ -1,0 +1,112 @@
+"""The whole experiment as frozen, typed data: YAML in, dotted overrides on top, one JSON schema for editors.
+
+The parts lie in `config/`. What a task can be configured with lives in the task's own file (`tasks/`);
+`experiment_type` joins those to the rest, so a new task needs no edit here.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError, create_model, model_validator
+
+from mmfm_jax.config.base import Config, Count
+from mmfm_jax.config.data import DataConfig, changed_image
+from mmfm_jax.config.evaluation import EvaluateConfig
+from mmfm_jax.config.files import describe, read_yaml
+from mmfm_jax.config.inputs import Inputs
+from mmfm_jax.config.model import ModelConfig
+from mmfm_jax.config.training import CheckpointConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mmfm_jax.errors import UserError
+from mmfm_jax.tasks import task_types
+from mmfm_jax.tasks.base import TaskConfig
+
+
+class Experiment(Config):
+    """Everything a run depends on; saved, resolved, with the run."""
+
+    name: str
+    seed: Count = 0
+    """Of initialisation, shuffling, augmentation and masking."""
+    inputs: Inputs
+    data: DataConfig
+    model: ModelConfig
+    tasks: dict[str, TaskConfig]
+    """Proxy tasks by a name of yours; the run minimises their weighted sum."""
+    mesh: MeshConfig = MeshConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if not self.tasks:
+            raise ValueError("tasks is empty; name at least one")
+        if self.train.batch_size % self.train.accumulate:
+            raise ValueError(
+                f"train.accumulate {self.train.accumulate} does not divide train.batch_size {self.train.batch_size}"
+            )
+        for name, mixed in self.data.mix.items():
+            for role in mixed.images:
+                if role not in self.inputs.images:
+                    raise ValueError(
+                        f"data.mix.{name}.images: {role} is not among inputs.images ({', '.join(self.inputs.images)})"
+                    )
+                changed = changed_image(self.inputs.images[role], mixed.images[role])
+                if changed.foreground and changed.crop != "random":
+                    raise ValueError(f"data.mix.{name}.images.{role}: foreground is of random crops; set crop: random")
+        packed = [role for role, image in self.inputs.images.items() if image.pack]
+        if packed and any(augment.shift_mm or augment.rotate_degrees for augment in self.data.augments):
+            raise ValueError(
+                f"data.augment: shift_mm and rotate_degrees resample voxels across patches, which packed images "
+                f"(inputs.images.{packed[0]}.pack) cannot do; set both to 0 (crop: random moves the crop instead)"
+            )
+        return self
+
+
+@functools.cache
+def experiment_type() -> type[Experiment]:
+    """`Experiment` with `tasks` narrowed to the union of every task's Config."""
+    configs: Any = functools.reduce(operator.or_, (task.Config for task in task_types().values()))
+    tasks: Any = dict[str, Annotated[configs, Field(discriminator="kind")]]
+    return create_model("Experiment", __base__=Experiment, __doc__=Experiment.__doc__, tasks=(tasks, ...))
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Reads a YAML experiment and applies dotted overrides (`["--train.steps", "500"]`).
+
+    Raises UserError with one sentence that names the file, the field and what is wrong.
+    """
+    import tyro
+
+    raw = read_yaml(path, "an experiment in YAML, such as configs/demo.yaml")
+    experiment = validate(raw, str(path))
+    if not overrides:
+        return experiment
+    try:
+        return tyro.cli(experiment_type(), default=experiment, args=list(overrides), prog=f"mmfm train {path}")
+    except ValidationError as error:
+        raise UserError(describe(error, "the command line")) from error
+
+
+def validate(raw: Any, source: str) -> Experiment:
+    """The experiment in parsed YAML; `source` is named in errors."""
+    if not isinstance(raw, dict):
+        raise UserError(
+            f"{source}: holds no experiment; it must be a mapping with inputs, data, model, tasks and train"
+        )
+    try:
+        return experiment_type().model_validate(raw)
+    except ValidationError as error:
+        raise UserError(describe(error, source)) from error
+
+
+def to_yaml(experiment: Experiment) -> str:
+    """The resolved experiment as YAML that `load_experiment` reads back to an equal value."""
+    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, width=120)
