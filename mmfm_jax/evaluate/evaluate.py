@@ -21,7 +21,7 @@ from mmfm_jax.data.store.mix import StoreMix, open_data
 from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.errors import UserError
 from mmfm_jax.evaluate.features import Features, average_readings, collect, embed_prompts, extractor
-from mmfm_jax.evaluate.metrics import Measure
+from mmfm_jax.metrics.statistics import Measure
 from mmfm_jax.evaluate.protocols import (
     WHOLE_TABLE,
     Bootstrap,

@@ -22,7 +22,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from mmfm_jax.data.study import Schema
 from mmfm_jax.evaluate.features import FUSED, Embedding, Features
-from mmfm_jax.evaluate.metrics import (
+from mmfm_jax.metrics.statistics import (
     Measure,
     Statistic,
     Weights,

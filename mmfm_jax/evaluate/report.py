@@ -18,9 +18,9 @@ from sklearn.metrics import roc_curve
 from mmfm_jax.data.feed.example import Samples
 from mmfm_jax.data.feed.packing import volume
 from mmfm_jax.data.inspect.slices import Slice, scaled_slice
-from mmfm_jax.evaluate import figures
+from mmfm_jax.metrics import figures
 from mmfm_jax.evaluate.features import FUSED, Features
-from mmfm_jax.evaluate.metrics import Measure, confidence, retrieval_ranks
+from mmfm_jax.metrics.statistics import Measure, confidence, retrieval_ranks
 from mmfm_jax.evaluate.protocols import Predictions
 from mmfm_jax.page import document, image, note, side_by_side, table
 from mmfm_jax.train import folder

@@ -78,7 +78,7 @@ class DoesNotFit(Exception):
 def assumed_spec(experiment: Experiment) -> InputSpec:
     """What a store would give, from the configuration alone: images of one channel, columns as numbers, a label of
     two classes for each task that names one."""
-    labels = {label for task in experiment.tasks.values() if isinstance(label := getattr(task, "label", None), str)}
+    labels = {label for task in experiment.tasks.values() for label in task.needs().labels.values()}
     return InputSpec(
         images={
             role: ImageShape(
@@ -139,7 +139,7 @@ def batch_shapes(spec: InputSpec, studies: int, voxels: dict[str, str] | None = 
             for role, of in spec.images.items()
             if of.pack is None
         },
-        texts={field: TextPart(shape("int32", length), shape(bool)) for field, length in spec.texts.items()},
+        texts={field: TextPart(shape("int32", length), shape(bool), shape("uint32", 2)) for field, length in spec.texts.items()},
         table=TablePart(
             shape("float32", numbers), shape(bool, numbers), shape("int32", categories), shape(bool, categories)
         ),

@@ -118,7 +118,9 @@ def random_batch(spec: InputSpec, studies: int, voxels: dict[str, str] | None = 
             for role, part in shapes.images.items()
         },
         texts={
-            field: TextPart(1 + drawn(spec.vocabulary_size - 1, part.tokens.shape), whole)
+            field: TextPart(
+                1 + drawn(spec.vocabulary_size - 1, part.tokens.shape), whole, drawn(2**31 - 1, part.digest.shape).view(np.uint32)
+            )
             for field, part in shapes.texts.items()
         },
         table=TablePart(
