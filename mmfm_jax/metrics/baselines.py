@@ -1,4 +1,4 @@
-"""What is fitted on the training split and nothing else: linear probes of the fused features, and baselines on the table.
+"""What is fitted on the training split and nothing else: probes of the fused features, and baselines on the table.
 
 Each gives every study of the test split a log-probability for each class of a label.
 """

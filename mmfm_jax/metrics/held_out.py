@@ -1,4 +1,4 @@
-"""What a task may ask of an evaluation: the studies of a split as the frozen model sees them, and the means to measure."""
+"""What a task may ask of an evaluation: studies of a split as the frozen model sees them, and the means to measure."""
 
 from __future__ import annotations
 

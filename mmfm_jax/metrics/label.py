@@ -110,7 +110,7 @@ def _exhibits(name: str, predictions: Predictions, measures: dict[str, Measure])
         shown.append(
             Panel(
                 "Calibration",
-                "Of the studies given a probability, the share that had the class; on the dotted line claims come true.",
+                "Of studies given a probability, the share that had the class; on the dotted line claims come true.",
                 f"Calibration of {name}",
                 functools.partial(_calibration, name, predictions),
             )

@@ -20,8 +20,8 @@ def hidden_of(patches: int, share: float) -> int:
 def hide(part: PackedPart, share: float, most: int, keys: PRNGKeyArray) -> tuple[PackedPart, PackedPart]:
     """A part in two: the patches that stay, and those hidden, each in as few tokens as always suffice.
 
-    `most`: patches of the largest image; `keys`: one a study [batch]. What is hidden of a study depends on its place in the batch and on the number
-    of its patches, not on its neighbours.
+    `most`: patches of the largest image; `keys`: one a study [batch]. What is hidden of a study depends on its key and
+    on the number of its patches, not on its neighbours.
     """
     score = jax.vmap(lambda key: jax.random.uniform(key, (most,)))(keys)
     hidden = lowest(part, score, np.array([hidden_of(n, share) for n in range(most + 1)]))

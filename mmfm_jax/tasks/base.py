@@ -8,7 +8,6 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, get_args
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, PRNGKeyArray

@@ -3,9 +3,8 @@ arXiv:2205.01917)."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 import functools
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +90,7 @@ class Caption(Task):
         found = held_out.bootstrap(counted, held_out.test.patients[kept])
         shown = Forest(
             "Words that come next",
-            "Perplexity of a token of a held-out text: as hard to guess as one of so many equally likely. Less is better.",
+            "Perplexity of a token of a held-out text: as hard to guess as one of so many equally likely.",
             "perplexity",
             {self.name: found},
         )

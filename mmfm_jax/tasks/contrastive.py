@@ -19,7 +19,7 @@ from mmfm_jax.errors import UserError
 from mmfm_jax.losses.mean import Mean
 from mmfm_jax.losses.pairs import contrast
 from mmfm_jax.metrics.examples import Example, examples_html, first_of
-from mmfm_jax.metrics.findings import Findings, Forest, Passage
+from mmfm_jax.metrics.findings import Exhibit, Findings, Forest, Passage
 from mmfm_jax.metrics.held_out import HeldOut
 from mmfm_jax.metrics.label import BASELINE, tell
 from mmfm_jax.metrics.retrieval import Side, retrieval, zero_shot
@@ -107,7 +107,8 @@ class Contrastive(Task):
             if len(spec.labels.get(asked.label, ())) != 2:
                 pairs = ", ".join(label for label, classes in spec.labels.items() if len(classes) == 2)
                 raise UserError(
-                    f"{field}.label: {asked.label} is not a label of two classes in the store; those are {pairs or 'none'}"
+                    f"{field}.label: {asked.label} is not a label of two classes in the store; those are "
+                    f"{pairs or 'none'}"
                 )
         encoders = {"image": model.vision, "text": model.text, "table": model.table}
         self.pool = nnx.Dict(
@@ -157,7 +158,7 @@ class Contrastive(Task):
         }
         recalls = {key: m for key, m in measures.items() if "/recall@" in key}
         note = "Recall@k: how often a study's own partner is among the first k found. Grey mark: chance."
-        exhibits = [Forest("Finding a study's partner", note, "recall", recalls)] if recalls else []
+        exhibits: list[Exhibit] = [Forest("Finding a study's partner", note, "recall", recalls)] if recalls else []
         if recalls and set(sides) == {"image", "text"}:
             exhibits.append(self._examples(sides, held_out))
         answers = [self._answer(name, asked, sides["image"], held_out) for name, asked in self.config.zero_shot.items()]
@@ -169,8 +170,8 @@ class Contrastive(Task):
         )
 
     def _whole_texts(self, text: Side, held_out: HeldOut) -> Side:
-        """Of studies with several texts of a field, the mean of their vectors, a unit vector, as prompts are averaged in
-        CLIP (arXiv:2103.00020): one reader's words say less of a study than all readers' do."""
+        """Of studies with several texts of a field, the mean of their vectors, a unit vector, as prompts are averaged
+        in CLIP (arXiv:2103.00020): one reader's words say less of a study than all readers' do."""
         readings = held_out.readings()
         if max(map(len, readings), default=0) < 2:
             return text
@@ -183,8 +184,8 @@ class Contrastive(Task):
         alike: list[list[bytes]] = [[] for _ in readings]
         for i, tokens in zip(study, held_out.tokens(words)):
             alike[i].append(tokens.tobytes())
-        same = np.unique([hashlib.sha256(b"".join(sorted(of_study))).hexdigest() for of_study in alike], return_inverse=True)
-        return Side(mean.astype(np.float32), text.present, same[1])
+        digests = [hashlib.sha256(b"".join(sorted(of_study))).hexdigest() for of_study in alike]
+        return Side(mean.astype(np.float32), text.present, np.unique(digests, return_inverse=True)[1])
 
     def _answer(self, name: str, asked: ZeroShot, image: Side, held_out: HeldOut) -> Findings:
         field = held_out.first_text
@@ -209,9 +210,9 @@ class Contrastive(Task):
             for picture, i, j in zip(pictures, chosen, nearest)
         ]
         note = (
-            "Held-out studies drawn at random: middle slice at true scale, the text nearest to the image among those of "
-            f"{len(both)} studies, and the study's own text with its rank. Of several texts of a study, the mean is what "
-            "is compared and the first is what is shown."
+            "Held-out studies drawn at random: middle slice at true scale, the text nearest to the image among those "
+            f"of {len(both)} studies, and the study's own text with its rank. Of several texts of a study, the mean is "
+            "what is compared and the first is what is shown."
         )
         return Passage("Examples", note, examples_html(shown))
 

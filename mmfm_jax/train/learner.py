@@ -42,6 +42,11 @@ class Learner(nnx.Module):
             }
         )
 
+    def loss(self, batch: Batch, rng: PRNGKeyArray, train: bool) -> tuple[Float[Array, ""], Scalars]:
+        """The objective on a prepared batch in one piece, and all metrics."""
+        metrics = self.metrics(self.sums(batch, jax.random.split(rng, len(batch.study)), train))
+        return metrics["loss"], metrics
+
     def sums(self, batch: Batch, keys: PRNGKeyArray, train: bool) -> Sums:
         """Of a prepared batch; `keys`: one a study [batch], from which all that is drawn of it comes."""
 

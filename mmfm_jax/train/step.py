@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
 from mmfm_jax.data.batch import Batch, InputSpec
 from mmfm_jax.data.feed.transforms import prepare
@@ -24,7 +24,7 @@ from mmfm_jax.train.learner import ByTask, Sums
 from mmfm_jax.train.optimizer import schedule
 from mmfm_jax.train.state import TrainState
 
-Counts = dict[str, dict[str, Int[Array, ""]]]
+Counts = dict[str, dict[str, Any]]
 """Of the parts of each task's loss."""
 
 
@@ -35,7 +35,7 @@ def make_step(
     config, rate = experiment.train, schedule(experiment.optimizer, experiment.train.steps)
 
     def objective(params, frozen, counts: Counts | None, batch: Batch, keys) -> tuple[Float[Array, ""], Sums]:
-        """What is minimised, and its sums; divided by `counts` in place of those of this part of the batch, if given."""
+        """What is minimised, and its sums; divided by `counts`, if given, in place of those of this part."""
         learner = nnx.merge(graph, params, frozen)
         sums = learner.sums(batch, keys, train=True)
         return learner.objective(sums.losses if counts is None else divided_by(sums.losses, counts)), sums
@@ -43,8 +43,8 @@ def make_step(
     def gradient(params: nnx.State, frozen: nnx.State, batch: Batch, rng: jax.Array) -> tuple[nnx.State, Sums]:
         """The gradient of the objective of the whole batch, and its sums, over its parts one after another.
 
-        Each loss is divided by the count of the whole batch and not of a part, so parts that hold unequally many labels,
-        tokens or images weigh as they would in one piece.
+        Each loss is divided by the count of the whole batch and not of a part, so parts that hold unequally many
+        labels, tokens or images weigh as they would in one piece.
         """
         differentiate = jax.grad(objective, has_aux=True)
         keys = jax.random.split(rng, len(batch.study))  # of each study, so what is drawn of it does not depend on parts
@@ -132,9 +132,10 @@ def jitted_step(
 
 
 def make_validation(graph: nnx.GraphDef, experiment: Experiment, spec: InputSpec) -> Callable:
-    """The function from parameters, a raw batch and the batch's number to sums of losses and metrics, nothing augmented.
+    """The function from parameters, a raw batch and the batch's number to sums of losses and metrics, unaugmented.
 
-    Sums of several batches add up; `Learner.metrics` divides them."""
+    Sums of several batches add up; `Learner.metrics` divides them.
+    """
 
     def validate(params: nnx.State, batch: Batch, number: Array) -> Sums:
         rng = jax.random.fold_in(jax.random.key(experiment.seed), number)

@@ -22,7 +22,9 @@ from mmfm_jax.tasks.masked import Masked, MaskedConfig, choose
 def test_chosen_positions_are_present_distinct_and_of_the_share_asked_for(seed, share):
     rng = np.random.default_rng(seed)
     present = rng.random((6, 20)) < rng.random((6, 1))
-    chosen, valid = (np.asarray(x) for x in choose(jax.random.key(seed), jnp.asarray(present), share))
+    chosen, valid = (
+        np.asarray(x) for x in choose(jax.random.split(jax.random.key(seed), 6), jnp.asarray(present), share)
+    )
     for row in range(6):
         held, picked = present[row].sum(), chosen[row][valid[row]]
         assert present[row][picked].all() and len(set(picked)) == len(picked)
@@ -31,7 +33,7 @@ def test_chosen_positions_are_present_distinct_and_of_the_share_asked_for(seed, 
 
 def test_every_position_is_hidden_as_often_as_any_other():
     present = jnp.ones((4000, 8), bool).at[:, 6:].set(False)
-    chosen, valid = choose(jax.random.key(0), present, 0.5)
+    chosen, valid = choose(jax.random.split(jax.random.key(0), 4000), present, 0.5)
     counts = np.bincount(np.asarray(chosen)[np.asarray(valid)], minlength=8)
     assert counts[6:].sum() == 0
     np.testing.assert_allclose(counts[:6] / 4000, 0.5, atol=0.05)
@@ -42,7 +44,12 @@ def setting(material):
     model_config, spec = material.experiment.model, material.spec
     model = MultimodalModel(model_config, spec, nnx.Rngs(params=0))
     task = Masked("masked", MaskedConfig(depth=1), model_config, spec, nnx.Rngs(params=1))
-    return task, Views(model, prepare(material.batch, spec, None, None), jax.random.key(0), train=True)
+    return task, Views(model, prepare(material.batch, spec, None, None), train=True)
+
+
+def part(task, views, name, seed=0):
+    """The mean of a part of the loss."""
+    return task.loss(views, jax.random.split(jax.random.key(seed), len(views.batch.study))).parts[name].value
 
 
 def test_image_loss_of_a_blind_head_is_the_mean_square_of_present_images(setting):
@@ -50,8 +57,8 @@ def test_image_loss_of_a_blind_head_is_the_mean_square_of_present_images(setting
     task, views = setting
     blind = nnx.clone(task)
     blind.voxels["ct"].kernel[...] = jnp.zeros_like(blind.voxels["ct"].kernel[...])
-    loss = nnx.jit(lambda task, key: task.loss(views, key)[1]["image/ct"])
-    squares = [float(loss(blind, jax.random.key(key))) for key in range(40)]
+    loss = nnx.jit(lambda task, seed: part(task, views, "image/ct", seed))
+    squares = [float(loss(blind, seed)) for seed in range(40)]
     image = views.batch.images["ct"]
     cut = np.asarray(patches(image.voxels, dict(task.shapes)["ct"]), np.float64)[np.asarray(image.present)]
     np.testing.assert_allclose(np.mean(squares), np.square(cut).mean(), rtol=0.05)
@@ -61,7 +68,7 @@ def test_text_loss_of_a_blind_head_is_the_logarithm_of_the_vocabulary(setting, m
     task, views = setting
     blind = nnx.clone(task)
     blind.tokens.kernel[...] = jnp.zeros_like(blind.tokens.kernel[...])
-    loss = blind.loss(views, jax.random.key(0))[1]["text/report"]
+    loss = part(blind, views, "text/report")
     np.testing.assert_allclose(loss, np.log(material.spec.vocabulary_size), rtol=1e-5)
 
 
@@ -70,8 +77,8 @@ def test_token_cross_entropy_equals_that_of_torch(setting, material, monkeypatch
     task, views = setting
     answers = {}
 
-    def chosen(rng, present, share):
-        answers["chosen"] = choose(rng, present, share)
+    def chosen(keys, present, share):
+        answers["chosen"] = choose(keys, present, share)
         return answers["chosen"]
 
     def entropy(x, kernel, bias, target):
@@ -80,7 +87,7 @@ def test_token_cross_entropy_equals_that_of_torch(setting, material, monkeypatch
 
     monkeypatch.setattr(masked, "choose", chosen)
     monkeypatch.setattr(masked, "chunked_cross_entropy", entropy)
-    loss = task.loss(views, jax.random.key(5))[1]["text/report"]
+    loss = part(task, views, "text/report", seed=5)
     positions, valid = (np.array(x) for x in answers["chosen"])
     target = np.take_along_axis(np.array(views.batch.texts["report"].tokens), positions, 1)
     target[~valid] = -100  # torch's way to leave out

@@ -94,8 +94,17 @@ class Samples:
     An image of a packed role is a grid of patches, as many as it fills: its arrays are [z, y, x, ...].
     """
 
-    def __init__(self, store: StudyStore | StoreMix, inputs: Inputs, spec: InputSpec, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        store: StudyStore | StoreMix,
+        inputs: Inputs,
+        spec: InputSpec,
+        tokenizer: Tokenizer,
+        labels: Sequence[str] | None = None,
+    ):
+        """`labels`: those that are read; all of the store where None."""
         self.store, self.inputs, self.spec, self.tokenizer = store, inputs, spec, tokenizer
+        self.labels = tuple(spec.labels) if labels is None else tuple(labels)
         for role in spec.images:
             for image in store.image_inputs(role, inputs.images[role]):
                 if image.foreground:
@@ -124,7 +133,7 @@ class Samples:
             images={},
             texts={field: self._text(field, texts.get(field, ()), rng) for field in self.spec.texts},
             table=self._table(values),
-            labels={name: _label(labels.get(name)) for name in self.spec.labels},
+            labels={name: _label(labels.get(name)) for name in self.labels},
             source=self._source(row),
         )
         boxes |= {role: box for role in self.packed if (box := self._box(role, row, rng))}
@@ -144,7 +153,7 @@ class Samples:
             images={},
             texts={field: self._text(field, (), None) for field in self.spec.texts},
             table=self._table({}),
-            labels={name: _label(None) for name in self.spec.labels},
+            labels={name: _label(None) for name in self.labels},
             source=self._source(0),
         )
         return Drawn(self, nothing, {})
