@@ -74,7 +74,10 @@ def spoil_absent(batch: Batch, number: float, index: int) -> Batch:
             role: ImagePart(spoil(p.voxels, p.present), spoil(p.spacing_mm, p.present), p.present)
             for role, p in batch.images.items()
         },
-        texts={name: TextPart(spoil(p.tokens, p.present), p.present, spoil(p.digest, p.present)) for name, p in batch.texts.items()},
+        texts={
+            name: TextPart(spoil(p.tokens, p.present), p.present, spoil(p.digest, p.present))
+            for name, p in batch.texts.items()
+        },
         table=TablePart(
             spoil(table.numbers, table.number_present), table.number_present,
             spoil(table.categories, table.category_present), table.category_present,
