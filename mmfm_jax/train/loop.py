@@ -33,17 +33,20 @@ from mmfm_jax.train.checkpoint import Checkpoints
 from mmfm_jax.train.clock import Clock
 from mmfm_jax.train.fit import check_fit
 from mmfm_jax.train.flops import step_flops
+from mmfm_jax.train.lock import RunLock
 from mmfm_jax.train.meter import Meter
-from mmfm_jax.train.optimizer import make_optimizer
+from mmfm_jax.train.optimizer import constant_until, make_optimizer
+from mmfm_jax.train.profile import Profiler
 from mmfm_jax.train.start import start_or_resume
 from mmfm_jax.train.state import TrainState, initial_state, learner_shapes, state_shardings
-from mmfm_jax.train.step import jitted_step
+from mmfm_jax.train.step import jitted_step, make_validation
 from mmfm_jax.train.stop import StopSignal
 from mmfm_jax.train.telemetry import Telemetry
 from mmfm_jax.train.validation import Validation
 from mmfm_jax.train.watchdog import Watchdog
 
 AHEAD = 2  # steps given to the device before the metrics of the first are read
+PROFILE = "profile"
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,12 @@ def train(
     with contextlib.ExitStack() as stack:
         with clock("store"):
             store = open_data(experiment.data)
-            spec, tokenizer = start_or_resume(experiment, store, run, speaks)
+            lock = RunLock(run)
+            stack.callback(lock.close)
+            spec, tokenizer = start_or_resume(experiment, store, run, speaks, lock)
             samples = Samples(store, experiment.inputs, spec, tokenizer)
         stack.enter_context(jax.set_mesh(mesh))
-        checkpoints = Checkpoints(run, experiment.checkpoint)
+        checkpoints = Checkpoints(run, experiment.checkpoint, constant_until(experiment.optimizer, steps))
         stack.callback(checkpoints.close)
         first = checkpoints.latest() or 0
         if first >= steps:
@@ -91,14 +96,18 @@ def train(
 
         batch = next(batches)
         graph, _ = learner_shapes(experiment, spec)
+        check_best(experiment, graph, spec, state.params, batch)
         optimizer = make_optimizer(experiment.optimizer, steps)
         with clock("compile"):
             step = jitted_step(graph, experiment, spec, optimizer, shardings, mesh).lower(state, batch).compile()
             flops = step_flops(graph, spec, state.params, batch)
             meet("step compiled")
+        profiler = Profiler(run / PROFILE, experiment.train.profile)
+        stack.callback(profiler.close)
+        branch = constant_until(experiment.optimizer, steps)
         loop = Loop(
             config=experiment.train,
-            save_every=experiment.checkpoint.every,
+            saves=lambda number: number % experiment.checkpoint.every == 0 or number in (branch, steps),
             step=step,
             next_batch=batches.__next__,
             validate=Validation(experiment, graph, samples, spec, mesh, batches.rows),
@@ -106,6 +115,7 @@ def train(
             stopped=stopping.reached,
             telemetry=telemetry,
             watchdog=watchdog,
+            profiler=profiler,
             meter=Meter(experiment.train.batch_size, flops, mesh),
             clock=clock,
         )
@@ -139,6 +149,15 @@ def first_state(
         return jax.jit(initial, out_shardings=shardings)(), shardings
 
 
+def check_best(experiment: Experiment, graph: Any, spec: InputSpec, params: Any, batch: Batch) -> None:
+    """Raises UserError when `checkpoint.best` is none of the metrics that validation gives; nothing is computed."""
+    best = experiment.checkpoint.best
+    metrics = jax.eval_shape(make_validation(graph, experiment, spec), params, batch, np.int32(1))
+    names = sorted(f"validation/{name}" for name in metrics)
+    if best is not None and best not in names:
+        raise UserError(f"checkpoint.best: {best} is no metric of this run; there are {', '.join(names)}, or null")
+
+
 class Batches:
     """The global batches of a run from a step on, in order and for ever."""
 
@@ -166,7 +185,8 @@ class Loop:
     """Takes steps, and logs, validates and saves between them."""
 
     config: TrainConfig
-    save_every: int
+    saves: Callable[[int], bool]
+    """Whether a checkpoint is due after a step."""
     step: Callable[[Any, Any], tuple[Any, dict[str, Any]]]
     """From state and batch to the next state and metrics, which may still be under way when it returns."""
     next_batch: Callable[[], Any]
@@ -178,6 +198,7 @@ class Loop:
     """Whether the run is to end after this step."""
     telemetry: Telemetry
     watchdog: Watchdog
+    profiler: Profiler
     meter: Meter
     clock: Clock
 
@@ -190,6 +211,7 @@ class Loop:
         self.meter.start(first, self.clock)
         for number in range(first + 1, self.config.steps + 1):
             self.watchdog.begins(number)
+            self.profiler.starts(number)
             with self.clock("train"):
                 state, metrics = self.step(state, batch)
                 if number == first + 1:
@@ -201,9 +223,12 @@ class Loop:
             if not last:
                 batch = self.next_batch()
             self._settle(AHEAD)
+            if self.profiler.is_last(number):
+                self._settle(0)
+                self.profiler.close()
             stopped = self.stopped(number)
             measured = self._validate(number, state) if number % self.config.validate_every == 0 or last else {}
-            if number % self.save_every == 0 or last or stopped:
+            if self.saves(number) or stopped:
                 self._save(number, state, measured)
             if stopped:
                 break

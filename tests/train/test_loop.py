@@ -1,6 +1,7 @@
 """The loop takes each step once, and validates, saves and stops at the steps it should; no model is needed for that."""
 
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.train.clock import Clock
 from mmfm_jax.train.loop import Loop
 from mmfm_jax.train.meter import Meter
+from mmfm_jax.train.profile import Profiler
 
 SECONDS = 0.02  # of a step
 
@@ -57,7 +59,7 @@ def make_loop(config: dict, save_every: int, bad: tuple[int, ...] = (), stop_at:
 
     loop = Loop(
         config=TrainConfig.model_validate({"batch_size": 4, "log_every": 1, **config}),
-        save_every=save_every,
+        saves=lambda number: number % save_every == 0 or number == loop.config.steps,
         step=step,
         next_batch=lambda: next(record.batches),
         validate=validate,
@@ -65,6 +67,7 @@ def make_loop(config: dict, save_every: int, bad: tuple[int, ...] = (), stop_at:
         stopped=lambda number: number == stop_at,
         telemetry=record.told,
         watchdog=record.told,
+        profiler=Profiler(Path(), None),
         meter=Meter(4, 1.0, make_mesh(MeshConfig(), jax.devices()[:1])),
         clock=Clock(),
     )
