@@ -1,4 +1,4 @@
-"""What a run's folder allows: one run at a time, more steps where the schedule lets it, a trace, a metric that exists."""
+"""What a run's folder allows: one run at a time, more steps where the schedule lets it, a trace of some steps."""
 
 import json
 import os
