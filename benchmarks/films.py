@@ -11,12 +11,12 @@ import argparse
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from mmfm_jax.bench.cores import core_seconds
 from mmfm_jax.config.inputs import Inputs
 from mmfm_jax.data.feed.example import Samples
 from mmfm_jax.data.feed.order import training_rows
@@ -59,35 +59,24 @@ def studies(count: int) -> Iterator[Study]:
         yield Study(f"p{i}", "train", {"film": image}, {"report": (text,)}, numbers | categories, {"finding": i % 2})
 
 
-def core_seconds(process: int) -> float:
-    """Of a process that runs, to a hundredth of a microsecond (clock_getcpuclockid of Linux)."""
-    return time.clock_gettime(~process << 3 | 2)
-
-
 def measure(samples: Samples, workers: int, threads: int, batches: int, turns: int) -> tuple[float, float, float]:
     """Milliseconds of cores a film, those of them in this process, and films a second: the best of some turns."""
     order = training_rows(samples, "train", 0)
     reading = local_batches(order, BATCH, np.arange(BATCH), 0, threads, 4, {}, workers)
     best = [float("inf")] * 3
     for turn in range(turns + 1):
-        before = next(reading) if turn == 0 else None
-        del before
-        children = children_of_this()
-        busy = [time.process_time(), sum(map(core_seconds, children))]
+        if turn == 0:
+            next(reading)  # once the workers have begun
+        here, cores = time.process_time(), core_seconds()
         started = time.perf_counter()
         for _ in range(batches):
             next(reading)
         seconds = time.perf_counter() - started
-        here, there = time.process_time() - busy[0], sum(map(core_seconds, children)) - busy[1]
         if turn:
-            found = here + there, here, seconds
+            found = core_seconds() - cores, time.process_time() - here, seconds
             best = [min(a, b / (batches * BATCH)) for a, b in zip(best, found)]
     reading.close()
     return 1e3 * best[0], 1e3 * best[1], 1 / best[2]
-
-
-def children_of_this() -> list[int]:
-    return [int(child) for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()]
 
 
 def main() -> None:
@@ -103,7 +92,9 @@ def main() -> None:
         store = StudyStore.open(folder + "/store", cache_bytes=args.cache_bytes)
         inputs, tokenizer = Inputs.model_validate(INPUTS), Tokenizer.train(store.texts(range(2000)), 4096)
         samples = Samples(store, inputs, make_spec(inputs, store.schema, store.stats, tokenizer), tokenizer)
-        table = Table("workers", "core-ms a film", "of this process", "films/s", title=f"{SIDE} x {SIDE}, {WORDS} words")
+        table = Table(
+            "workers", "core-ms a film", "of this process", "films/s", title=f"{SIDE} x {SIDE}, {WORDS} words"
+        )
         for workers in args.workers:
             cost, here, rate = measure(samples, workers, args.threads, max(1, args.films // BATCH), args.turns)
             table.add_row(str(workers), f"{cost:.3f}", f"{here:.3f}", f"{rate:,.0f}")

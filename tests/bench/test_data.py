@@ -67,6 +67,12 @@ def test_json_says_what_was_measured_and_what_was_not(experiment, tmp_path, monk
     assert "MONAI is left out" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_share_that_cannot_be_is_doubted():
+    assert data.doubt([0.7, 0.8, 0.9]) is None
+    assert "differ by more than half" in str(data.doubt([0.3, 0.9, 0.3]))
+    assert "above 100%" in str(data.doubt([0.9, 2.87, 0.95]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

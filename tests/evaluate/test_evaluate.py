@@ -19,8 +19,8 @@ from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.data.study import ColumnSpec, Image, ImageSpec, LabelSpec, Schema, Study
 from mmfm_jax.errors import UserError
 from mmfm_jax.evaluate import evaluate as module
-from mmfm_jax.evaluate.metrics import chance, measure
 from mmfm_jax.experiment import validate
+from mmfm_jax.metrics.statistics import chance, measure
 from mmfm_jax.train.checkpoint import TrainedRun
 from mmfm_jax.train.learner import Learner
 

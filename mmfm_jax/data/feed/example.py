@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from mmfm_jax.config.inputs import ImageInput, Inputs, TextInput
+from mmfm_jax.config.inputs import ImageInput, Inputs
 from mmfm_jax.data.feed import packing, resample
 from mmfm_jax.data.feed.foreground import centre, check
 from mmfm_jax.data.feed.tokenizer import Tokenizer
@@ -50,7 +51,8 @@ class Drawn:
 
     samples: Samples
     row: int
-    texts: dict[str, str]
+    texts: dict[str, tuple[str, str]]
+    """By field, what is shown of a text, and the whole."""
     values: dict[str, float | str]
     labels: dict[str, int]
     boxes: dict[str, Box]
@@ -84,8 +86,17 @@ class Begun:
 class Samples:
     """Studies of a store: cropped, tokenized and indexed, values still raw. Pickles as what it is made of."""
 
-    def __init__(self, store: StudyStore | StoreMix, inputs: Inputs, spec: InputSpec, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        store: StudyStore | StoreMix,
+        inputs: Inputs,
+        spec: InputSpec,
+        tokenizer: Tokenizer,
+        labels: Sequence[str] | None = None,
+    ):
+        """`labels`: those that are read; all of the store where None."""
         self.store, self.inputs, self.spec, self.tokenizer = store, inputs, spec, tokenizer
+        self.labels = tuple(spec.labels) if labels is None else tuple(labels)
         for role in spec.images:
             for image in store.image_inputs(role, inputs.images[role]):
                 if image.foreground:
@@ -109,7 +120,7 @@ class Samples:
         row = int(row)
         texts, values, labels = self.store.table(row)
         drawn = {
-            field: held[0] if rng is None else _drawn(held, self.inputs.texts[field], rng)
+            field: _drawn(held, self.inputs.texts[field].sentence_keep, rng)
             for field in self.spec.texts
             if (held := texts.get(field))
         }
@@ -158,7 +169,8 @@ class Samples:
             study=some(dtype=np.int32),
             images=images,
             texts={
-                field: TextPart(some(length, dtype=np.int32), some(dtype=bool)) for field, length in spec.texts.items()
+                field: TextPart(some(length, dtype=np.int32), some(dtype=bool), some(2, dtype=np.uint32))
+                for field, length in spec.texts.items()
             },
             table=TablePart(
                 some(len(spec.numbers), dtype=np.float32),
@@ -166,7 +178,7 @@ class Samples:
                 some(len(spec.categories), dtype=np.int32),
                 some(len(spec.categories), dtype=bool),
             ),
-            labels={name: LabelPart(some(dtype=np.int32), some(dtype=bool)) for name in spec.labels},
+            labels={name: LabelPart(some(dtype=np.int32), some(dtype=bool)) for name in self.labels},
             packed={
                 role: packing.room(studies, pack, spec.images[role].voxels_of_patch, self._dtype(role), allocate)
                 for role, pack in packed.items()
@@ -289,11 +301,13 @@ class Samples:
         """Raw value of padding: the one nearest to the low end of the window, so it is 0 once windowed."""
         return _nearest(self._shape(role, row).window[0], self._dtype(role))
 
-    def _texts(self, texts: Sequence[str | None], part: TextPart) -> None:
-        held = [i for i, text in enumerate(texts) if text is not None]
-        part.tokens[...] = PAD
+    def _texts(self, texts: Sequence[tuple[str, str] | None], part: TextPart) -> None:
+        held = {i: text for i, text in enumerate(texts) if text}
+        part.tokens[...], part.digest[...] = PAD, 0
         if held:
-            part.tokens[held] = self.tokenizer.encode_batch([texts[i] or "" for i in held], part.tokens.shape[1])
+            shown, whole = zip(*held.values())
+            part.tokens[[*held]] = self.tokenizer.encode_batch(shown, part.tokens.shape[1])
+            part.digest[[*held]] = [digest(text) for text in whole]
         # A foreign tokenizer may have no start token; then an empty text has nothing to attend to and counts as absent.
         part.present[...] = (part.tokens != PAD).any(1)
 
@@ -315,12 +329,20 @@ def _nearest(value: float, dtype: str) -> float:
     return min(max(round(value), np.iinfo(dtype).min), np.iinfo(dtype).max)
 
 
-def _drawn(texts: Sequence[str], config: TextInput, rng: np.random.Generator) -> str:
-    """One of the texts; with `sentence_keep` below 1 some of its sentences, at least one, in random order."""
+def digest(text: str) -> np.ndarray:
+    """64 bits of a text, uint32 [2]: equal for equal texts but for space at their ends."""
+    return np.frombuffer(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), np.uint32)
+
+
+def _drawn(texts: Sequence[str], keep: float, rng: np.random.Generator | None) -> tuple[str, str]:
+    """What is shown of one of the texts, and the whole. Without `rng` all of the first; else with `keep` below 1
+    some of the sentences, at least one, in random order."""
+    if rng is None:
+        return texts[0], texts[0]
     text = texts[int(rng.integers(len(texts)))] if len(texts) > 1 else texts[0]
-    if config.sentence_keep == 1:
-        return text
+    if keep == 1:
+        return text, text
     sentences = _SENTENCE_END.split(text.strip())
-    kept = rng.random(len(sentences)) < config.sentence_keep
+    kept = rng.random(len(sentences)) < keep
     kept[rng.integers(len(sentences))] |= not kept.any()
-    return " ".join(sentences[i] for i in rng.permutation(np.flatnonzero(kept)))
+    return " ".join(sentences[i] for i in rng.permutation(np.flatnonzero(kept))), text
