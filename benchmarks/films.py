@@ -53,10 +53,11 @@ def studies(count: int) -> Iterator[Study]:
         smooth = 120 + 60 * np.sin(x / rng.uniform(20, 60)) + 40 * np.cos(y / rng.uniform(20, 60))
         film = (smooth + rng.normal(0, 4, (SIDE, SIDE))).clip(0, 255).astype(np.uint8)[None, ..., None]
         text = " ".join(" ".join(rng.choice(words, 12)) + "." for _ in range(WORDS // 12))
-        numbers = dict(zip(("age", "weight", "kilovolts"), rng.normal(60, 9, 3).tolist()))
-        categories = dict(zip(("sex", "view", "site"), rng.choice(["a", "b", "c"], 3).tolist()))
+        row: dict[str, float | str] = {}
+        for name, column in SCHEMA.columns.items():
+            row[name] = float(rng.normal(60, 9)) if column.kind == "number" else "abc"[rng.integers(3)]
         image = Image(film, (1.0, 0.15, 0.15))
-        yield Study(f"p{i}", "train", {"film": image}, {"report": (text,)}, numbers | categories, {"finding": i % 2})
+        yield Study(f"p{i}", "train", {"film": image}, {"report": (text,)}, row, {"finding": i % 2})
 
 
 def measure(samples: Samples, workers: int, threads: int, batches: int, turns: int) -> tuple[float, float, float]:

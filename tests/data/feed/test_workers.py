@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,9 @@ def samples(folder) -> Samples:
     return samples_of({"mix": mix})
 
 
-def training(samples: Samples, start: int, count: int, threads=4, prefetch=2, rows=range(SIZE)):
+def training(
+    samples: Samples, start: int, count: int, threads: int = 4, prefetch: int = 2, rows: Sequence[int] = range(SIZE)
+) -> Any:
     order = training_rows(samples, "train", 3)
     return local_batches(order, SIZE, np.asarray(rows), start, threads, prefetch, samples.packed, count)
 
