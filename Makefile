@@ -17,7 +17,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile --max-worker-restart 0
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-newest axes launch-slurm ingest-ray seeds curve precision scan feed memory bench clean
+.PHONY: help demo test lint test-newest axes launch-slurm ingest-ray seeds curve precision scan feed films memory bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installs into one environment would meet
 
@@ -105,6 +105,9 @@ scan: $(VENV)/.samples  ## compile time of a step by the depth of its encoders (
 
 feed: $(VENV)/.samples  ## how long an H100's step would wait for this machine to read CT volumes (two minutes)
 	@$(BIN)/python benchmarks/feed.py
+
+films: $(VENV)/.samples  ## what a film costs the host, and how many a second by worker processes (a minute)
+	@$(BIN)/python benchmarks/films.py
 
 memory: $(VENV)/.samples  ## resident memory over 2,000 batches of a store far larger than the cache (two minutes)
 	@$(BIN)/python benchmarks/memory.py

@@ -174,6 +174,7 @@ class Batches:
         self._local = local_batches(
             training_rows(samples, "train", experiment.seed), self._size, self.rows, first,
             experiment.data.reader_threads, experiment.data.prefetch_batches, samples.packed,
+            experiment.data.workers,
         )  # fmt: skip
 
     def __next__(self) -> Batch:
