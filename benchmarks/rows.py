@@ -1,7 +1,7 @@
 """What the rows of a store cost: start-up, random studies a second, memory; of `mmfm sample idc`, a million rows.
 
-`make rows`. It also writes the same rows in the layout before format version 3 (the Parquet tables alone) and reads them
-with what is left for such stores, so both are measured in one run.
+`make rows`. The same Parquet tables are then read as a store of version 2, a row group for a study, so that both are
+measured in one run.
 """
 
 from __future__ import annotations
