@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -145,12 +145,12 @@ class Reading:
             yield 1
 
     def _drawn(self, index: int) -> Drawn:
-        return cast(Drawn, self.order[index])
+        return self.order[index]
 
     def _array(self, index: int, role: str) -> ts.TensorStore:
         drawn = self._drawn(index)
         box = drawn.boxes[role]
-        return self.store.inside(role, int(drawn.rest.study), box.start, box.size)
+        return self.store.inside(role, drawn.row, box.start, box.size)
 
 
 def measure(experiment: Experiment, rounds: int, place: Path, monai_workers: int) -> dict[str, Any]:

@@ -35,6 +35,7 @@ MAY_CHANGE = (  # what a run may go on with changed: none of it alters the mathe
     "data.mix.*.store",
     "data.reader_threads",
     "data.prefetch_batches",
+    "data.workers",
     "data.cache_bytes",
     "train.log_every",
     "train.validate_every",

@@ -91,6 +91,7 @@ def train(
     data = local_batches(
         training_rows(samples, "train", experiment.seed), config.batch_size, rows, first,
         experiment.data.reader_threads, experiment.data.prefetch_batches, samples.packed,
+        experiment.data.workers,
     )  # fmt: skip
 
     def next_batch():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import sqrt
 
 import numpy as np
@@ -118,6 +118,13 @@ class StoreMix:
     def begin_crop(self, out: np.ndarray, role: str, row: int, start: Extent, fill: float = 0) -> Callable[[], None]:
         store, own = self._own(row)
         return store.begin_crop(out, role, own, start, fill)
+
+    def begin_crops(
+        self, out: np.ndarray, places: Sequence[int], role: str, rows: Sequence[int], start: Extent
+    ) -> Callable[[], None] | None:
+        """The studies are of one store."""
+        number = self.source(rows[0])
+        return self.stores[number].begin_crops(out, places, role, [r - int(self._first[number]) for r in rows], start)
 
     def inside(self, role: str, row: int, start: Extent, size: Extent) -> ts.TensorStore:
         store, own = self._own(row)

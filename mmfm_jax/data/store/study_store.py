@@ -253,6 +253,41 @@ class StudyStore:
         spec, path = self.schema.images[role], f"{self._group(role, row)}/0"
         return self._begin(out, spec, path, row, info[0], start, fill)
 
+    def begin_crops(
+        self, out: np.ndarray, places: Sequence[int], role: str, rows: Sequence[int], start: Extent
+    ) -> Callable[[], None] | None:
+        """Begins to read one box of many studies into out[places] [study, z, y, x, channel]; as `begin_crop` does.
+
+        One read, a hundredth of the Python of a read for each. None, and nothing is read, unless the role's images
+        stand in one array, and the box within them.
+        """
+        spec, path = self.schema.images[role], f"volumes/{role}/0"
+        end = [s + n for s, n in zip(start, out.shape[1:4])]
+        if spec.shape is None or min(start) < 0 or any(last > n for last, n in zip(end, spec.shape)):
+            return None
+        studies = np.asarray(rows, np.int64)[:, None] * spec.channels + np.arange(spec.channels)
+        box = tuple(map(slice, start, end))
+
+        def failed(error: ValueError) -> UserError:
+            """That of the study which cannot be read."""
+            for row in rows:
+                self._read(path, _voxels(spec, row, start, end), row)
+            return self._bad_chunk(path, rows[0], error)
+
+        try:
+            target = ts.array(out.transpose(0, 4, 1, 2, 3), copy=False, write=True)[np.asarray(places, np.int64)]
+            reading = target.write(self._array(path)[(studies, *box)])
+        except ValueError as error:
+            raise failed(error) from error
+
+        def wait() -> None:
+            try:
+                reading.result()
+            except ValueError as error:
+                raise failed(error) from error
+
+        return wait
+
     def _group(self, role: str, row: int) -> str:
         """The group of arrays that holds an image of a study, and its masks."""
         return f"volumes/{role}" if self.schema.images[role].shape else f"volumes/{role}/{row:08d}"

@@ -140,7 +140,7 @@ def test_a_process_may_share_rows_with_another(samples):
 def test_every_study_comes_once_an_epoch_in_another_order_each_time(samples):
     rows = samples.store.rows("train")
     dataset: Any = training_rows(samples, "train", 0)
-    epochs = [[int(dataset[e * len(rows) + i].rest.study) for i in range(len(rows))] for e in range(4)]
+    epochs = [[int(dataset[e * len(rows) + i].row) for i in range(len(rows))] for e in range(4)]
     assert all(sorted(epoch) == rows.tolist() for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert epochs[0] != rows.tolist()
@@ -158,7 +158,7 @@ def test_neighbouring_seeds_share_no_epochs(samples):
     """grain shuffles epoch e with (seed + e), so seeds taken as they are would repeat each other one epoch apart."""
     n = len(samples.store.rows("train"))
     datasets: Any = [training_rows(samples, "train", seed) for seed in range(3)]
-    orders = [tuple(int(dataset[e * n + i].rest.study) for i in range(n)) for dataset in datasets for e in range(3)]
+    orders = [tuple(int(dataset[e * n + i].row) for i in range(n)) for dataset in datasets for e in range(3)]
     assert len(set(orders)) == len(orders)
 
 
@@ -372,14 +372,14 @@ def test_closing_stops_the_threads_at_once_and_reads_no_further_than_asked(sampl
 
 def test_voxels_in_memory_are_those_of_the_batches_ahead_however_slow_the_consumer(samples, monkeypatch):
     made: list = []
-    voxels = samples.voxels
+    make = samples.room
 
-    def watched(studies):
-        room = voxels(studies)
-        made.append(weakref.ref(room["ct"]))
+    def watched(*args):
+        room = make(*args)
+        made.append(weakref.ref(room.images["ct"].voxels))
         return room
 
-    monkeypatch.setattr(samples, "voxels", watched)
+    monkeypatch.setattr(samples, "room", watched)
     for prefetch in (1, 3):
         made.clear()
         batches = local_batches(training_rows(samples, "train", 0), 4, np.arange(4), 0, 4, prefetch)
@@ -397,7 +397,7 @@ def test_voxels_in_memory_are_those_of_the_batches_ahead_however_slow_the_consum
 
 def assert_no_reader_threads() -> None:
     deadline = time.monotonic() + 2
-    while any("grain" in thread.name for thread in threading.enumerate()):
+    while any(thread.name.startswith("mmfm-") for thread in threading.enumerate()):
         assert time.monotonic() < deadline, [thread.name for thread in threading.enumerate()]
         time.sleep(0.01)
 
