@@ -17,7 +17,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile --max-worker-restart 0
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-newest axes launch-slurm ingest-ray seeds curve precision scan feed films memory bench clean
+.PHONY: help rows demo test lint test-newest axes launch-slurm ingest-ray seeds curve precision scan feed films memory bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installs into one environment would meet
 
@@ -39,6 +39,9 @@ endef
 $(VENV)/.samples: pyproject.toml
 	$(call install,samples)
 
+$(VENV)/.idc: pyproject.toml
+	$(call install,idc)
+
 $(VENV)/.test: pyproject.toml
 	$(call install,$(TEST_EXTRAS))
 
@@ -55,6 +58,9 @@ demo: $(VENV)/.samples  ## build the built-in store, train on the CPU, evaluate 
 	@$(BIN)/mmfm sample lidc --out $(STORE)
 	@$(BIN)/mmfm train configs/demo.yaml --run $(RUN)
 	@$(BIN)/mmfm evaluate $(RUN)
+
+rows: $(VENV)/.idc  ## a million rows: build the store, then start-up, random rows a second and memory, before and after
+	@PATH=$(abspath $(BIN)):$$PATH $(BIN)/python benchmarks/rows.py data/idc
 
 test: lint $(VENV)/.test  ## lint, then run every test and notebook
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
