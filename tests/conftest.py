@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.data.study import ColumnSpec, Image, ImageSpec, LabelSpec, Schema, Study
 from mmfm_jax.experiment import Experiment, validate
+from mmfm_jax.parallel.compiled import VARIABLE, processor
 from mmfm_jax.parallel.processes import split_cpu
 from mmfm_jax.plan.chips import pod
 from mmfm_jax.plan.environment import compile_without_devices
@@ -32,6 +34,14 @@ os.environ.setdefault(
 )
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 split_cpu(int(os.environ.get("MMFM_TEST_DEVICES", "8")))
+
+# Compiled programs are kept for the other workers, for the processes that tests start and for the next run.
+os.environ.setdefault(VARIABLE, str(Path(__file__).parents[1] / ".pytest_cache" / "compiled" / processor()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+jax.config.update("jax_compilation_cache_dir", os.environ[VARIABLE] or None)
+jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+)
 
 settings.register_profile("mmfm", deadline=None)  # the first example of a test pays for compiling
 settings.load_profile("mmfm")

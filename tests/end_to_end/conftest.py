@@ -1,4 +1,4 @@
-"""Starts `mmfm` as a user does, in processes of its own that share one cache of compiled programs."""
+"""Starts `mmfm` as a user does, in processes of its own with the cache of compiled programs of all tests."""
 
 import os
 import subprocess
@@ -13,12 +13,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory) -> dict[str, str]:
-    cache = tmp_path_factory.mktemp("compiled")
+def environment() -> dict[str, str]:
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
