@@ -24,7 +24,7 @@ from mmfm_jax.config.model import ModelConfig
 from mmfm_jax.config.training import CheckpointConfig, MeshConfig, OptimizerConfig, TrainConfig
 from mmfm_jax.errors import UserError
 from mmfm_jax.tasks import task_types
-from mmfm_jax.tasks.base import TaskConfig
+from mmfm_jax.tasks.base import Task, TaskConfig
 
 
 class Experiment(Config):
@@ -43,6 +43,11 @@ class Experiment(Config):
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Labels of the store that some task learns: all that training reads."""
+        return tuple(sorted({label for task in self.tasks.values() for label in task.needs().labels.values()}))
 
     @model_validator(mode="after")
     def _fits_together(self):
@@ -70,10 +75,14 @@ class Experiment(Config):
         return self
 
 
-@functools.cache
 def experiment_type() -> type[Experiment]:
     """`Experiment` with `tasks` narrowed to the union of every task's Config."""
-    configs: Any = functools.reduce(operator.or_, (task.Config for task in task_types().values()))
+    return _experiment_of(tuple(task_types().values()))
+
+
+@functools.cache
+def _experiment_of(types: tuple[type[Task], ...]) -> type[Experiment]:
+    configs: Any = functools.reduce(operator.or_, (task.Config for task in types))
     tasks: Any = dict[str, Annotated[configs, Field(discriminator="kind")]]
     return create_model("Experiment", __base__=Experiment, __doc__=Experiment.__doc__, tasks=(tasks, ...))
 

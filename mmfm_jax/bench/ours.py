@@ -34,7 +34,7 @@ class Ours:
         optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
         size = experiment.train.batch_size
         rows = sharding.local_rows(size, self._mesh)
-        self._batch = sharding.global_batch(random_batch(spec, size), rows, size, self._mesh)
+        self._batch = sharding.global_batch(random_batch(spec, experiment.labels, size), rows, size, self._mesh)
         places = jax.tree.map(lambda leaf: leaf.sharding, program.state)
         with jax.set_mesh(self._mesh):
             self._state = jax.jit(lambda: initial_state(experiment, spec, optimizer), out_shardings=places)()

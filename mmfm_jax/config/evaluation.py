@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import PositiveInt
+from typing import Any
+
+from pydantic import PositiveInt, model_validator
 
 from mmfm_jax.config.base import Config
-
-
-class ZeroShot(Config):
-    """A label read off image-text similarity: mean over positive minus mean over negative prompts."""
-
-    label: str
-    positive: tuple[str, ...]
-    negative: tuple[str, ...]
-    task: str = "image_text"
-    """The contrastive task whose embeddings are compared."""
 
 
 class EvaluateConfig(Config):
@@ -24,7 +16,13 @@ class EvaluateConfig(Config):
     batch_size: PositiveInt = 128
     bootstrap: PositiveInt = 1000
     """Patient-level resamples behind each 95% interval."""
-    zero_shot: dict[str, ZeroShot] = {}
     baselines: dict[str, tuple[str, ...]] = {}
     """Logistic regressions on these columns, by name; `table` (boosting on `inputs.columns`) is always there."""
     recall_at: tuple[PositiveInt, ...] = (1, 5, 10)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _questions_are_of_tasks(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "zero_shot" in given:
+            raise ValueError("zero_shot is of the contrastive task that answers it; move it to tasks.NAME.zero_shot")
+        return given

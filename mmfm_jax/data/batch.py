@@ -8,7 +8,7 @@ from typing import TypeAlias, dataclass_transform
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped, UInt32
 from pydantic import BaseModel, ConfigDict
 
 Array: TypeAlias = jax.Array | np.ndarray
@@ -73,6 +73,8 @@ class TextPart:
     tokens: Int[Array, "batch length"]
     """Token ids; PAD after the end."""
     present: Bool[Array, "batch"]
+    digest: UInt32[Array, "batch 2"]
+    """64 bits of the whole text, of which `tokens` may hold some sentences alone; 0 where absent."""
 
 
 @_pytree
@@ -170,6 +172,8 @@ class InputSpec(_Frozen):
     numbers: dict[str, NumberStats]
     categories: dict[str, tuple[str, ...]]
     labels: dict[str, tuple[str, ...]]
+    label_texts: dict[str, str] = {}
+    """By label, the text that it was read out of, if any."""
 
     @property
     def modalities(self) -> tuple[str, ...]:

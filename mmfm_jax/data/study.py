@@ -39,6 +39,9 @@ class LabelSpec(_Declared):
 
     classes: tuple[str, ...]
     description: str = ""
+    from_text: str = ""
+    """The text field that the label was read out of, or that states it; empty: none. Who is shown that text is told the
+    label."""
 
 
 class MaskSpec(_Declared):

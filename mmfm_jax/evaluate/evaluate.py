@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import jax
@@ -14,29 +15,22 @@ from rich.progress import track
 from rich.table import Table as RichTable
 
 from mmfm_jax.config.evaluation import EvaluateConfig
-from mmfm_jax.data.batch import InputSpec
 from mmfm_jax.data.feed.example import Samples
 from mmfm_jax.data.feed.pipeline import evaluation_batches
 from mmfm_jax.data.store.mix import StoreMix, open_data
 from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.errors import UserError
-from mmfm_jax.evaluate.features import Features, average_readings, collect, embed_prompts, extractor
-from mmfm_jax.evaluate.metrics import Measure
-from mmfm_jax.evaluate.protocols import (
-    WHOLE_TABLE,
-    Bootstrap,
-    Predictions,
-    baselines,
-    linear_probes,
-    make_table,
-    predictions,
-    retrieval,
-    zero_shot,
-)
-from mmfm_jax.tasks.contrastive import Contrastive
+from mmfm_jax.evaluate.pictures import middle_slice
+from mmfm_jax.evaluate.report import write_report
+from mmfm_jax.evaluate.splits import OfTexts, collect, extractor
+from mmfm_jax.metrics.baselines import WHOLE_TABLE, baselines, linear_probes, make_table
+from mmfm_jax.metrics.bootstrap import Bootstrap
+from mmfm_jax.metrics.findings import Exhibit, Findings, Forest
+from mmfm_jax.metrics.held_out import HeldOut, LogProbability, Split, View, Words, view_name
+from mmfm_jax.metrics.label import tell
+from mmfm_jax.metrics.statistics import Measure
 from mmfm_jax.train import folder
 from mmfm_jax.train.checkpoint import TrainedRun, load_run
-from mmfm_jax.train.learner import Learner
 
 TRAIN = "train"
 TRAIN_STUDIES = 20_000  # of the training split that probes and baselines are fitted on, the first in the store
@@ -46,13 +40,8 @@ TRAIN_STUDIES = 20_000  # of the training split that probes and baselines are fi
 class Evaluation:
     """Everything measured of a run, for `evaluation.json` and the report."""
 
-    measures: dict[str, Measure]
-    """By name, such as `malignancy/fused/auroc`."""
-    predictions: list[tuple[str, Predictions]]
-    """By name of the label or of the zero-shot question, for the curves."""
-    test: Features
-    notes: tuple[str, ...]
-    """What could not be measured, and why: one sentence each."""
+    findings: Findings
+    test: Split
 
 
 def evaluate(run: str | Path, console: Console | None = None) -> Evaluation:
@@ -60,101 +49,121 @@ def evaluate(run: str | Path, console: Console | None = None) -> Evaluation:
 
     Raises UserError when the run, its store or its split cannot be read, or the evaluation asks for what they lack.
     """
-    from mmfm_jax.evaluate.report import write_report  # matplotlib takes a second to import
-
     if jax.process_count() > 1:
         raise UserError(
             "evaluation runs in one process (over all its devices); start `mmfm evaluate` on one host alone"
         )
     run, console = Path(run), console or Console()
     trained = load_run(run)
-    data = trained.experiment.data
-    store = open_data(data)
+    store = open_data(trained.experiment.data)
     samples = Samples(store, trained.experiment.inputs, trained.spec, trained.tokenizer)
     result = measure_run(trained, store, samples, console)
-    measures = {name: asdict(measure) for name, measure in result.measures.items()}
+    findings, experiment = result.findings, trained.experiment
+    measures = {name: asdict(measure) for name, measure in findings.measures.items()}
     folder.replace(run / "evaluation.json", json.dumps(measures, indent=1) + "\n")
-    write_report(run, trained, samples, result)
-    for note in result.notes:
+    facts = (
+        f"Step {trained.step}. {len(result.test.rows)} studies of {len(np.unique(result.test.patients))} patients of "
+        f"the {experiment.evaluate.split} split, none of whom was trained on. Intervals: 95%, from "
+        f"{experiment.evaluate.bootstrap} resamples of patients. For research, not for clinical decisions."
+    )
+    write_report(run, experiment.name, facts, findings)
+    for note in findings.notes:
         console.print(note)
-    console.print(results_table(result.measures))
+    console.print(results_table(findings.measures))
     console.print(f"Report: {run / 'report.html'}", soft_wrap=True)
     return result
 
 
 def measure_run(trained: TrainedRun, store: StudyStore | StoreMix, samples: Samples, console: Console) -> Evaluation:
-    """Every protocol the run's tasks and configuration allow."""
-    experiment, spec = trained.experiment, trained.spec
-    config, bootstrap = experiment.evaluate, Bootstrap(experiment.evaluate.bootstrap, experiment.seed)
-    check(config, spec, store, trained.learner)
-    extract = extractor(trained.learner, spec)
+    """What every task of the run says of its own, and probes of the labels where none of them learns any."""
+    experiment, spec, learner = trained.experiment, trained.spec, trained.learner
+    config = experiment.evaluate
+    check(config, store)
+    extract = extractor(learner, spec)
 
-    def features(split: str, limit: int | None = None) -> Features:
+    def split(name: str, limit: int | None = None) -> Split:
         devices = jax.local_device_count()
         batch_size = -(-config.batch_size // devices) * devices
-        batches = evaluation_batches(samples, split, batch_size, np.arange(batch_size), limit)
-        studies = len(store.rows(split)[:limit])
-        progress = track(batches, f"{split} studies", -(-studies // batch_size), console=console, transient=True)
+        batches = evaluation_batches(samples, name, batch_size, np.arange(batch_size), limit)
+        studies = len(store.rows(name)[:limit])
+        progress = track(batches, f"{name} studies", -(-studies // batch_size), console=console, transient=True)
         return collect(extract, progress, store.patients)
 
-    test, train = features(config.split), features(TRAIN, TRAIN_STUDIES)
-    readings = [samples.readings(int(row)) for row in test.rows]
-    test = average_readings(test, trained.learner, spec, trained.tokenizer, readings, config.batch_size)
+    test, train = split(config.split), split(TRAIN, TRAIN_STUDIES)
     columns = tuple(dict.fromkeys([*experiment.inputs.columns, *(c for b in config.baselines.values() for c in b)]))
-    test_table, train_table = (
-        make_table([store.table(int(row))[1] for row in split.rows], columns, store.schema) for split in (test, train)
-    )
 
-    def baseline(label: str) -> dict:
-        return baselines(
+    @functools.cache
+    def tables():
+        rows = ([store.table(int(row))[1] for row in of.rows] for of in (test, train))
+        return [make_table(of, columns, store.schema) for of in rows]
+
+    @functools.cache
+    def fitted(label: str, denied: View) -> dict[str, LogProbability]:
+        classes, (test_table, train_table) = len(spec.labels[label]), tables()
+        return linear_probes(train, test, label, classes, denied) | baselines(
             train_table, train.labels[label], test_table,
-            config.baselines, experiment.inputs.columns, len(spec.labels[label]), experiment.seed,
+            config.baselines, experiment.inputs.columns, classes, experiment.seed,
         )  # fmt: skip
 
-    found: list[tuple[str, Predictions]] = []
-    prompted = {asked.label for asked in config.zero_shot.values()}
-    for label in test.heads or [label for label in spec.labels if label not in prompted]:
-        probes = linear_probes(train, test, label, len(spec.labels[label]))
-        scores = {**test.heads.get(label, {}), **probes, **baseline(label)}
-        found.append((label, predictions(test, label, spec.labels[label], scores)))
-    prompts = embed_questions(trained)
-    for name, asked in config.zero_shot.items():
-        positive, negative = np.split(prompts[name], [len(asked.positive)])
-        image = test.embeddings[asked.task]["image"]
-        scores = {"zero_shot": zero_shot(image, positive, negative)}
-        if name not in test.heads:
-            scores |= baseline(asked.label)
-        found.append((name, predictions(test, asked.label, spec.labels[asked.label], scores, image.present)))
-    measures, notes = {}, []
-    for name, of_label in found:
-        if of_label.measurable:
-            measures |= {f"{name}/{key}": value for key, value in of_label.measures(bootstrap).items()}
-        else:
-            notes.append(
-                f"{name} is left out: the {config.split} studies that carry it are not of two classes or more."
-            )
-    for task, sides in test.embeddings.items():
-        first = next(other for other in test.embeddings if test.embeddings[other].keys() == sides.keys())
-        place = "retrieval" if task == first else f"retrieval/{task}"  # a second task between the same two modalities
-        measures |= {f"{place}/{key}": v for key, v in retrieval(test, task, config.recall_at, bootstrap).items()}
-    return Evaluation(measures, [(name, p) for name, p in found if p.measurable], test, tuple(notes))
+    @functools.cache
+    def readings() -> list[list[Words]]:
+        return [samples.readings(int(row)) for row in test.rows]
+
+    texts = OfTexts(learner, spec, trained.tokenizer, config.batch_size)
+
+    def seen_by(task: str) -> HeldOut:
+        return HeldOut(
+            test=test,
+            predicted=test.predicted.get(task, {}),
+            classes=spec.labels,
+            bootstrap=Bootstrap(config.bootstrap, experiment.seed),
+            seed=experiment.seed,
+            split=config.split,
+            recall_at=config.recall_at,
+            fitted=fitted,
+            of_texts=functools.partial(texts, task),
+            tokens=texts.tokens,
+            first_text=next(iter(spec.texts), ""),
+            readings=readings,
+            picture=functools.partial(middle_slice, samples),
+        )
+
+    found = [(name, learner.tasks[name].measure(seen_by(name))) for name in experiment.tasks]
+    if not any(config.needs().labels for config in experiment.tasks.values()):
+        rest = set(spec.labels) - {label for _, of in found for label in of.answered}
+        found += [(label, probes(label, spec.label_texts, seen_by(label))) for label in sorted(rest)]
+    return Evaluation(joined(found), test)
 
 
-def embed_questions(trained: TrainedRun) -> dict[str, np.ndarray]:
-    """The prompts of each zero-shot question, positive then negative, as unit vectors [prompt, width]."""
-    questions = trained.experiment.evaluate.zero_shot
-    found = {}
-    for task in {asked.task for asked in questions.values()}:
-        of_task = {name: asked.positive + asked.negative for name, asked in questions.items() if asked.task == task}
-        together = tuple(prompt for prompts in of_task.values() for prompt in prompts)  # compiled once for all
-        vectors = embed_prompts(trained.learner, trained.spec, trained.tokenizer, task, together)
-        ends = np.cumsum([len(prompts) for prompts in of_task.values()])
-        found |= dict(zip(of_task, np.split(vectors, ends[:-1])))
-    return found
+def probes(label: str, label_texts: dict[str, str], held_out: HeldOut) -> Findings:
+    """Linear probes of a label that no task learns, blind to texts where it was read out of one."""
+    denied = frozenset({"text"} if label in label_texts else ())
+    fitted = held_out.fitted(label, denied)
+    return tell(label, label, fitted, held_out, headline=view_name(denied, "linear_probe"))
 
 
-def check(config: EvaluateConfig, spec: InputSpec, store: StudyStore | StoreMix, learner: Learner) -> None:
-    """Refuses an evaluation that asks for what the run or its store lacks, before anything is computed."""
+def joined(found: list[tuple[str, Findings]]) -> Findings:
+    """The findings of all tasks. A task that measures otherwise what has a name already has its own name in front."""
+    measures: dict[str, Measure] = {}
+    exhibits: list[Exhibit] = []
+    for task, findings in found:
+        taken = any(measures.get(name, measure) != measure for name, measure in findings.measures.items())
+        front = f"{task}/" if taken else ""
+        measures |= {front + name: measure for name, measure in findings.measures.items()}
+        for exhibit in findings.exhibits:
+            if isinstance(exhibit, Forest):
+                exhibit = replace(exhibit, measures={front + name: m for name, m in exhibit.measures.items()})
+            exhibits.append(exhibit)
+    return Findings(
+        measures,
+        tuple(exhibits),
+        tuple(dict.fromkeys(note for _, findings in found for note in findings.notes)),
+        tuple(label for _, findings in found for label in findings.answered),
+    )
+
+
+def check(config: EvaluateConfig, store: StudyStore | StoreMix) -> None:
+    """Refuses an evaluation that asks for what the store lacks, before anything is computed."""
     for name, columns in config.baselines.items():
         if name == WHOLE_TABLE:
             raise UserError(f"evaluate.baselines.{name}: is the name of the gradient boosting; give another name")
@@ -162,18 +171,6 @@ def check(config: EvaluateConfig, spec: InputSpec, store: StudyStore | StoreMix,
             if column not in store.schema.columns:
                 held = ", ".join(store.schema.columns)
                 raise UserError(f"evaluate.baselines.{name}: the store has no column {column}; it has {held}")
-    for name, asked in config.zero_shot.items():
-        field = f"evaluate.zero_shot.{name}"
-        if len(spec.labels.get(asked.label, ())) != 2:
-            pairs = ", ".join(label for label, classes in spec.labels.items() if len(classes) == 2)
-            raise UserError(
-                f"{field}.label: {asked.label} is not a label of two classes in the store; those are {pairs}"
-            )
-        if not (asked.positive and asked.negative):
-            raise UserError(f"{field}: lacks prompts; give at least one positive and one negative")
-        task = learner.tasks.get(asked.task)
-        if not (isinstance(task, Contrastive) and set(task.config.between) == {"image", "text"}):
-            raise UserError(f"{field}.task: {asked.task} is not a contrastive task of the run between image and text")
 
 
 def results_table(measures: dict[str, Measure]) -> RichTable:

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, UInt32
 
 from mmfm_jax.data.batch import Array
-from mmfm_jax.losses.mean import mean_where
+from mmfm_jax.losses.mean import Mean
 from mmfm_jax.parallel.loops import scan
 from mmfm_jax.parallel.sharding import partition
 
@@ -37,11 +37,12 @@ def contrast(
     paired: Bool[Array, "batch"],
     scale: Float[Array, ""],
     bias: Float[Array, ""] | None = None,
-    text: UInt32[Array, "batch 2"] | None = None,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    text: UInt32[Array, "batch way 2"] | None = None,
+) -> tuple[Mean, Mean]:
     """The contrastive loss of the two sides, and the share of studies whose own b is nearer to a than any other's.
 
-    Compared are the studies that are `paired`, but not two of equal `text`. With logits scale a_i . b_j + bias:
+    Compared are the studies that are `paired`, but not two whose `text` is equal in one way or more: each way is 64
+    bits, such as of the whole text and of the part of it that is shown. With logits scale a_i . b_j + bias:
 
     - sigmoid: each pair is a yes-no question, yes for a study with itself; the sum over the number of studies;
     - softmax: cross-entropy of each study's partner among those compared, both ways, averaged.
@@ -52,18 +53,17 @@ def contrast(
     tags = _tags(paired, text)
     offset = jnp.broadcast_to(jnp.zeros(()) if bias is None else bias, paired.shape)
     losses, nearest = _row_losses(kind, scale * a, b, offset, tags)
-    loss = mean_where(losses, paired)
     if kind == "softmax":
-        loss = (loss + mean_where(_row_losses(kind, scale * b, a, offset, tags)[0], paired)) / 2
-    return loss, mean_where(nearest.astype(jnp.float32), paired)
+        losses = (losses + _row_losses(kind, scale * b, a, offset, tags)[0]) / 2
+    return Mean.over(losses, paired), Mean.over(nearest.astype(jnp.float32), paired)
 
 
-def _tags(paired, text) -> UInt32[Array, "batch 3"]:
-    """A number of its own for each study that is paired, 0 for others; then what no two studies that are compared have
-    in common: their text, or else their number."""
-    number = jnp.arange(1, len(paired) + 1, dtype=jnp.uint32)[:, None]
-    text = jnp.concatenate([number, number], axis=1) if text is None else text
-    return jnp.concatenate([jnp.where(paired[:, None], number, 0), text], axis=1)
+def _tags(paired, text) -> UInt32[Array, "batch word"]:
+    """A number of its own for each study that is paired, 0 for others; then pairs of words, none of which two studies
+    that are compared have in common."""
+    number = jnp.arange(1, len(paired) + 1, dtype=jnp.uint32)
+    held = jnp.where(paired, number, 0)[:, None]
+    return held if text is None else jnp.concatenate([held, text.reshape(len(paired), -1)], axis=1)
 
 
 def _values(kind: Kind, x, y, offset, tags) -> tuple[Float[Array, "batch"], Bool[Array, "batch"]]:
@@ -164,7 +164,10 @@ def _block(x, offset, tags, y, y_tags):
     logits = _product(x, y.T) + offset[:, None]
     both = (tags[:, None, 0] > 0) & (y_tags[None, :, 0] > 0)
     same = both & (tags[:, None, 0] == y_tags[None, :, 0])
-    differ = (tags[:, None, 1] != y_tags[None, :, 1]) | (tags[:, None, 2] != y_tags[None, :, 2])
+    differ = jnp.ones_like(both)
+    for way in range(1, tags.shape[1], 2):
+        first, second = (tags[:, None, word] != y_tags[None, :, word] for word in (way, way + 1))
+        differ &= first | second
     return logits, same, same | (both & differ)
 
 

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, PRNGKeyArray
 
 from mmfm_jax.data.batch import Array, PackedPart
 
@@ -17,13 +17,13 @@ def hidden_of(patches: int, share: float) -> int:
     return min(max(round(share * patches), 1), patches - 1) if patches else 0
 
 
-def hide(part: PackedPart, share: float, most: int, rng: jax.Array) -> tuple[PackedPart, PackedPart]:
+def hide(part: PackedPart, share: float, most: int, keys: PRNGKeyArray) -> tuple[PackedPart, PackedPart]:
     """A part in two: the patches that stay, and those hidden, each in as few tokens as always suffice.
 
-    `most`: patches of the largest image. What is hidden of a study depends on its place in the batch and on the number
-    of its patches, not on its neighbours.
+    `most`: patches of the largest image; `keys`: one a study [batch]. What is hidden of a study depends on its key and
+    on the number of its patches, not on its neighbours.
     """
-    score = jax.random.uniform(rng, (len(part.present), most))
+    score = jax.vmap(lambda key: jax.random.uniform(key, (most,)))(keys)
     hidden = lowest(part, score, np.array([hidden_of(n, share) for n in range(most + 1)]))
     stay, hide = rooms(part.patches.shape[1], part.studies, share)
     return take(part, part_of(part) & ~hidden, stay), take(part, hidden, hide)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, PRNGKeyArray
 
 from mmfm_jax.config.model import ModelConfig
 from mmfm_jax.data.batch import PAD, Array, Batch, InputSpec, PackedPart
@@ -87,12 +87,14 @@ def table_present(batch: Batch) -> Bool[Array, "batch"]:
     return jnp.any(batch.table.number_present, axis=1) | jnp.any(batch.table.category_present, axis=1)
 
 
-def drop_modalities(encoded: Encoded, chance: float, rng: jax.Array) -> dict[str, Bool[Array, "batch"]]:
-    """Which modalities each study keeps when each is hidden with `chance`; one that is present is always left."""
+def drop_modalities(encoded: Encoded, chance: float, keys: PRNGKeyArray) -> dict[str, Bool[Array, "batch"]]:
+    """Which modalities each study keeps when each is hidden with `chance`; one that is present is always left.
+
+    `keys`: one a study [batch]."""
     held = {}
     for part, tokens in encoded.items():
         held[modality(part)] = held.get(modality(part), False) | tokens.held
-    order = jax.random.uniform(rng, (len(held), *next(iter(held.values())).shape))
+    order = jax.vmap(lambda key: jax.random.uniform(key, (len(held),)), out_axes=1)(keys)
     present = jnp.stack(list(held.values()))
     score = jnp.where(present, order, -1)
     kept = (score >= chance) | (score == score.max(axis=0))

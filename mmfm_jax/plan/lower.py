@@ -78,7 +78,6 @@ class DoesNotFit(Exception):
 def assumed_spec(experiment: Experiment) -> InputSpec:
     """What a store would give, from the configuration alone: images of one channel, columns as numbers, a label of
     two classes for each task that names one."""
-    labels = {label for task in experiment.tasks.values() if isinstance(label := getattr(task, "label", None), str)}
     return InputSpec(
         images={
             role: ImageShape(
@@ -95,7 +94,7 @@ def assumed_spec(experiment: Experiment) -> InputSpec:
         mask_token=MASK_TOKEN,
         numbers={name: NumberStats(mean=0.0, sd=1.0) for name in experiment.inputs.columns},
         categories={},
-        labels=dict.fromkeys(sorted(labels), ("absent", "present")),
+        labels=dict.fromkeys(experiment.labels, ("absent", "present")),
     )
 
 
@@ -113,7 +112,7 @@ def spec_of_store(experiment: Experiment) -> tuple[InputSpec, dict[str, str]]:
     return spec, {role: image.dtype for role, image in store.schema.images.items()}
 
 
-def batch_shapes(spec: InputSpec, studies: int, voxels: dict[str, str] | None = None) -> Batch:
+def batch_shapes(spec: InputSpec, labels: tuple[str, ...], studies: int, voxels: dict[str, str] | None = None) -> Batch:
     """A raw global batch as the pipeline makes it, shapes alone. `voxels`: dtypes by role, int16 where not named."""
 
     def shape(dtype, *axes: int, rows: int = studies) -> Any:
@@ -139,11 +138,14 @@ def batch_shapes(spec: InputSpec, studies: int, voxels: dict[str, str] | None = 
             for role, of in spec.images.items()
             if of.pack is None
         },
-        texts={field: TextPart(shape("int32", length), shape(bool)) for field, length in spec.texts.items()},
+        texts={
+            field: TextPart(shape("int32", length), shape(bool), shape("uint32", 2))
+            for field, length in spec.texts.items()
+        },
         table=TablePart(
             shape("float32", numbers), shape(bool, numbers), shape("int32", categories), shape(bool, categories)
         ),
-        labels={name: LabelPart(shape("int32"), shape(bool)) for name in spec.labels},
+        labels={name: LabelPart(shape("int32"), shape(bool)) for name in labels},
         packed={role: packed(role, of, of.pack) for role, of in spec.images.items() if of.pack is not None},
     )
 
@@ -160,9 +162,8 @@ def make_program(experiment: Experiment, spec: InputSpec, mesh: Mesh, voxels: di
     def placed(leaf, place):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    batch = jax.tree.map(
-        lambda leaf: placed(leaf, sharding.by_study(mesh)), batch_shapes(spec, config.batch_size, voxels)
-    )
+    shapes_of_batch = batch_shapes(spec, experiment.labels, config.batch_size, voxels)
+    batch = jax.tree.map(lambda leaf: placed(leaf, sharding.by_study(mesh)), shapes_of_batch)
     step = jitted_step(graph, experiment, spec, optimizer, shardings, mesh)
     return Program(experiment, spec, mesh, graph, jax.tree.map(placed, shapes, shardings), batch, step)
 

@@ -62,7 +62,7 @@ def measure(experiment: Experiment, spec: InputSpec, voxels: dict[str, str] | No
     optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
     size, device = experiment.train.batch_size, mesh.devices.flat[0]
     rows = sharding.local_rows(size, mesh)
-    batch = sharding.global_batch(random_batch(spec, len(rows), voxels), rows, size, mesh)
+    batch = sharding.global_batch(random_batch(spec, experiment.labels, len(rows), voxels), rows, size, mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, program.state)
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: initial_state(experiment, spec, optimizer), out_shardings=places)()
@@ -91,10 +91,10 @@ def measure(experiment: Experiment, spec: InputSpec, voxels: dict[str, str] | No
     )
 
 
-def random_batch(spec: InputSpec, studies: int, voxels: dict[str, str] | None = None) -> Batch:
+def random_batch(spec: InputSpec, labels: tuple[str, ...], studies: int, voxels: dict[str, str] | None = None) -> Batch:
     """Raw studies of noise, every part present and texts of full length."""
     rng = np.random.default_rng(0)
-    shapes, whole = lower.batch_shapes(spec, studies, voxels), np.ones(studies, bool)
+    shapes, whole = lower.batch_shapes(spec, labels, studies, voxels), np.ones(studies, bool)
 
     def voxels_like(role: str, raw) -> np.ndarray:
         low, high = spec.images[role].window
@@ -118,7 +118,11 @@ def random_batch(spec: InputSpec, studies: int, voxels: dict[str, str] | None = 
             for role, part in shapes.images.items()
         },
         texts={
-            field: TextPart(1 + drawn(spec.vocabulary_size - 1, part.tokens.shape), whole)
+            field: TextPart(
+                1 + drawn(spec.vocabulary_size - 1, part.tokens.shape),
+                whole,
+                drawn(2**31 - 1, part.digest.shape).view(np.uint32),
+            )
             for field, part in shapes.texts.items()
         },
         table=TablePart(
@@ -127,7 +131,7 @@ def random_batch(spec: InputSpec, studies: int, voxels: dict[str, str] | None = 
             drawn(min((len(v) for v in spec.categories.values()), default=1), table.categories.shape),
             np.ones(table.category_present.shape, bool),
         ),
-        labels={name: LabelPart(drawn(classes[name], (studies,)), whole) for name in spec.labels},
+        labels={name: LabelPart(drawn(classes[name], (studies,)), whole) for name in shapes.labels},
         packed={role: packed(role, part) for role, part in shapes.packed.items()},
     )
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from typing import get_args
 
 from mmfm_jax.tasks.base import Task
 
 
 @functools.cache
-def task_types() -> dict[str, type[Task]]:
-    """Every task by the `kind` that names it in a configuration, in alphabetical order whatever was imported first."""
+def _import_all() -> None:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    kinds = {get_args(task.Config.model_fields["kind"].annotation)[0]: task for task in Task.__subclasses__()}
-    return dict(sorted(kinds.items()))
+
+
+def task_types() -> dict[str, type[Task]]:
+    """Every task by the `kind` that names it in a configuration, in alphabetical order whatever was imported first."""
+    _import_all()
+    return dict(sorted(Task.kinds.items()))

@@ -8,15 +8,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, PRNGKeyArray
 
 from mmfm_jax.config.base import Probability
 from mmfm_jax.config.model import ModelConfig
 from mmfm_jax.data.batch import Array, InputSpec
 from mmfm_jax.errors import UserError
-from mmfm_jax.losses.mean import mean_where
+from mmfm_jax.losses.mean import Mean
+from mmfm_jax.metrics.findings import Findings
+from mmfm_jax.metrics.held_out import HeldOut, view_name, views_of
+from mmfm_jax.metrics.label import tell
 from mmfm_jax.model.layers import Linear, RMSNorm
-from mmfm_jax.tasks.base import Metrics, Task, TaskConfig, Views
+from mmfm_jax.tasks.base import Losses, Needs, Task, TaskConfig, Views
 
 
 class ClassificationConfig(TaskConfig):
@@ -26,6 +29,12 @@ class ClassificationConfig(TaskConfig):
     label: str
     smoothing: Probability = 0.0
     """Share of the target spread over all classes (arXiv:1512.00567)."""
+    without: tuple[Literal["image", "text", "table"], ...] | None = None
+    """Modalities that the head is not shown. By default the texts if the label was read out of one (`from_text` of the
+    label in the store), else none."""
+
+    def needs(self) -> Needs:
+        return Needs(labels={"label": self.label})
 
 
 class Classification(Task):
@@ -34,19 +43,37 @@ class Classification(Task):
 
     def __init__(self, name: str, config: ClassificationConfig, model: ModelConfig, spec: InputSpec, rngs: nnx.Rngs):
         super().__init__(name, config, model, spec, rngs)
-        if config.label not in spec.labels:
-            held = ", ".join(spec.labels) or "none"
-            raise UserError(f"tasks.{name}.label: the store has no label {config.label}; it has {held}")
+        of_text = ("text",) if config.label in spec.label_texts else ()
+        self.denied = frozenset(of_text if config.without is None else config.without)
+        if not set(spec.modalities) - self.denied:
+            raise UserError(
+                f"tasks.{name}.without: leaves the head none of the inputs ({', '.join(spec.modalities)}); "
+                "add an input, or say what it may see by `without`"
+            )
+        self.modalities = spec.modalities
         self.norm = RMSNorm(model.fusion.width)
         self.head = Linear(model.fusion.width, len(spec.labels[config.label]), ("width", None), rngs, bias=True)
 
     def logits(self, latents: Float[Array, "batch latent width"]) -> Float[Array, "batch label_class"]:
         return self.head(self.norm(latents.astype(jnp.float32).mean(axis=1)))
 
-    def loss(self, views: Views, rng: jax.Array) -> tuple[Float[Array, ""], Metrics]:
+    def loss(self, views: Views, keys: PRNGKeyArray) -> Losses:
         label = views.batch.labels[self.config.label]
-        logits = self.logits(views.latents)
+        logits = self.logits(views.fused(self.denied))
         target = optax.smooth_labels(jax.nn.one_hot(label.value, logits.shape[-1]), self.config.smoothing)
-        loss = mean_where(optax.softmax_cross_entropy(logits, target), label.present)
+        loss = Mean.over(optax.softmax_cross_entropy(logits, target), label.present)
         right = (logits.argmax(axis=-1) == label.value).astype(jnp.float32)
-        return loss, {"accuracy": mean_where(right, label.present)}
+        return Losses({"loss": loss}, {"accuracy": Mean.over(right, label.present)})
+
+    def predict(self, views: Views) -> dict[str, Array]:
+        """Log-probabilities [study, class] by view: `fused`, `fused_without_image`, ..."""
+        return {
+            view_name(view): jax.nn.log_softmax(self.logits(views.fused(view)).astype(jnp.float32))
+            for view in views_of(self.modalities, self.denied)
+        }
+
+    def measure(self, held_out: HeldOut) -> Findings:
+        """AUROC of the head on each view beside probes and baselines. Headline is the view that it learnt from."""
+        fitted = held_out.fitted(self.config.label, self.denied)
+        scores = {**held_out.predicted, **fitted}
+        return tell(self.config.label, self.config.label, scores, held_out, headline=view_name(self.denied))

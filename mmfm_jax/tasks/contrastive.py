@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import hashlib
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float, UInt32
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from jaxtyping import Bool, Float, PRNGKeyArray, UInt32
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from mmfm_jax.config.base import Config
 from mmfm_jax.config.model import ModelConfig
 from mmfm_jax.data.batch import Array, Batch, InputSpec
 from mmfm_jax.errors import UserError
+from mmfm_jax.losses.mean import Mean
 from mmfm_jax.losses.pairs import contrast
+from mmfm_jax.metrics.examples import Example, examples_html, first_of
+from mmfm_jax.metrics.findings import Exhibit, Findings, Forest, Passage
+from mmfm_jax.metrics.held_out import HeldOut
+from mmfm_jax.metrics.label import BASELINE, tell
+from mmfm_jax.metrics.retrieval import Side, retrieval, zero_shot
+from mmfm_jax.metrics.statistics import retrieval_ranks
 from mmfm_jax.model.attention import Attention
 from mmfm_jax.model.layers import Linear, RMSNorm, Table
-from mmfm_jax.model.multimodal import Encoded, modality
+from mmfm_jax.model.multimodal import modality
 from mmfm_jax.model.tokens import Tokens, join
-from mmfm_jax.tasks.base import Metrics, Task, TaskConfig, Views
+from mmfm_jax.tasks.base import Losses, Needs, Task, TaskConfig, Views
 
 Modality = Literal["image", "text", "table"]
 LARGEST_SCALE = 100.0  # as in CLIP
+EXAMPLES = 12
+
+
+class ZeroShot(Config):
+    """A label read off image-text similarity: mean over positive minus mean over negative prompts."""
+
+    label: str
+    positive: Annotated[tuple[str, ...], Field(min_length=1)]
+    negative: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class ContrastiveConfig(TaskConfig):
-    """Two modalities of one study are drawn together, those of different studies apart."""
+    """Two modalities of one study are drawn together, those of different studies apart.
+
+    Negatives are the other studies of the part of the batch that is computed at once: with `train.accumulate` above 1,
+    of one part. That is the one objective that accumulation changes.
+    """
+
+    of_evaluation: ClassVar[tuple[str, ...]] = ("zero_shot",)
 
     kind: Literal["contrastive"] = "contrastive"
     between: tuple[Modality, Modality] = ("image", "text")
@@ -39,13 +63,21 @@ class ContrastiveConfig(TaskConfig):
     initial_bias: float = -10.0
     """Sigmoid only: start near -log(studies a step), where every pair is as likely a match as it truly is."""
     mask_duplicates: bool = False
-    """Pairs of different studies whose texts are identical are not counted as negatives."""
+    """Pairs of different studies whose texts are identical, whole or in what is shown of them, are not counted as
+    negatives."""
+    zero_shot: dict[str, ZeroShot] = Field(default_factory=dict)
+    """Questions that evaluation answers by prompts, between image and text; training does not read them."""
 
     @model_validator(mode="after")
     def _two(self):
         if self.between[0] == self.between[1]:
             raise ValueError(f"between names {self.between[0]} twice; name two modalities")
+        if self.zero_shot and set(self.between) != {"image", "text"}:
+            raise ValueError("zero_shot compares images with prompts; set between: [image, text]")
         return self
+
+    def needs(self) -> Needs:
+        return Needs(modalities={"between": self.between})
 
 
 class Pool(nnx.Module):
@@ -70,10 +102,14 @@ class Contrastive(Task):
 
     def __init__(self, name: str, config: ContrastiveConfig, model: ModelConfig, spec: InputSpec, rngs: nnx.Rngs):
         super().__init__(name, config, model, spec, rngs)
-        for side in config.between:
-            if side not in spec.modalities:
-                held = ", ".join(spec.modalities)
-                raise UserError(f"tasks.{name}.between: the inputs hold no {side}; they hold {held}")
+        for question, asked in config.zero_shot.items():
+            field = f"tasks.{name}.zero_shot.{question}"
+            if len(spec.labels.get(asked.label, ())) != 2:
+                pairs = ", ".join(label for label, classes in spec.labels.items() if len(classes) == 2)
+                raise UserError(
+                    f"{field}.label: {asked.label} is not a label of two classes in the store; those are "
+                    f"{pairs or 'none'}"
+                )
         encoders = {"image": model.vision, "text": model.text, "table": model.table}
         self.pool = nnx.Dict(
             {side: Pool(encoders[side].width, encoders[side].heads, config.width, rngs) for side in config.between}
@@ -82,35 +118,120 @@ class Contrastive(Task):
         self.log_scale = nnx.Param(jnp.log(config.initial_scale), axes=())
         self.bias = nnx.Param(jnp.array(config.initial_bias), axes=()) if sigmoid else None
 
-    def embed(self, views: Views) -> dict[str, tuple[Float[Array, "batch embedding"], Bool[Array, "batch"]]]:
-        """The unit vector of each side, and whether the study has that side."""
-        return {side: self._embed(side, views.encoded) for side in self.config.between}
-
-    def _embed(self, side: str, encoded: Encoded):
-        tokens = join([tokens for part, tokens in encoded.items() if modality(part) == side])
+    def embed(self, views: Views, side: str) -> tuple[Float[Array, "batch embedding"], Bool[Array, "batch"]]:
+        """The unit vector of a modality, and whether the study has it."""
+        tokens = join([tokens for part, tokens in views.encoded.items() if modality(part) == side])
         return self.pool[side](tokens), tokens.held
 
-    def loss(self, views: Views, rng: jax.Array) -> tuple[Float[Array, ""], Metrics]:
-        (a, a_present), (b, b_present) = self.embed(views).values()
+    def loss(self, views: Views, keys: PRNGKeyArray) -> Losses:
+        (a, a_present), (b, b_present) = (self.embed(views, side) for side in self.config.between)
         duplicates = self.config.mask_duplicates and "text" in self.config.between
         scale = jnp.minimum(jnp.exp(self.log_scale[...]), LARGEST_SCALE)
         loss, accuracy = contrast(
             self.config.loss, a, b, a_present & b_present, scale, None if self.bias is None else self.bias[...],
-            text_hash(views.batch) if duplicates else None,
+            text_hashes(views.batch) if duplicates else None,
         )  # fmt: skip
-        return loss, {"accuracy": accuracy, "scale": scale}
+        return Losses({"loss": loss}, {"accuracy": accuracy, "scale": Mean.of(scale)})
+
+    def predict(self, views: Views) -> dict[str, Array]:
+        """The unit vector of each side, and as `SIDE_present` whether a study has it."""
+        found = {}
+        for side in self.config.between:
+            found[side], found[f"{side}_present"] = self.embed(views, side)
+        return found
+
+    def measure(self, held_out: HeldOut) -> Findings:
+        """Retrieval both ways, zero-shot answers, and some images beside the texts nearest to them."""
+        sides = {
+            side: Side(
+                held_out.predicted[side].astype(np.float32),
+                held_out.predicted[f"{side}_present"],
+                held_out.test.same[side],
+            )
+            for side in self.config.between
+        }
+        if "text" in sides:
+            sides["text"] = self._whole_texts(sides["text"], held_out)
+        measures = {
+            f"retrieval/{key}": measure
+            for key, measure in retrieval(sides, held_out.test.patients, held_out.recall_at, held_out.bootstrap).items()
+        }
+        recalls = {key: m for key, m in measures.items() if "/recall@" in key}
+        note = "Recall@k: how often a study's own partner is among the first k found. Grey mark: chance."
+        exhibits: list[Exhibit] = [Forest("Finding a study's partner", note, "recall", recalls)] if recalls else []
+        if recalls and set(sides) == {"image", "text"}:
+            exhibits.append(self._examples(sides, held_out))
+        answers = [self._answer(name, asked, sides["image"], held_out) for name, asked in self.config.zero_shot.items()]
+        return Findings(
+            {key: m for of in answers for key, m in of.measures.items()} | measures,
+            (*(shown for of in answers for shown in of.exhibits), *exhibits),
+            tuple(note for of in answers for note in of.notes),
+            tuple(label for of in answers for label in of.answered),
+        )
+
+    def _whole_texts(self, text: Side, held_out: HeldOut) -> Side:
+        """Of studies with several texts of a field, the mean of their vectors, a unit vector, as prompts are averaged
+        in CLIP (arXiv:2103.00020): one reader's words say less of a study than all readers' do."""
+        readings = held_out.readings()
+        if max(map(len, readings), default=0) < 2:
+            return text
+        study = np.repeat(np.arange(len(readings)), [len(of_study) for of_study in readings])
+        words = [reading for of_study in readings for reading in of_study]
+        vectors = held_out.of_texts(words, ("text",))["text"]
+        total = np.zeros((len(readings), vectors.shape[1]))
+        np.add.at(total, study, vectors)
+        mean = total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-12)
+        alike: list[list[bytes]] = [[] for _ in readings]
+        for i, tokens in zip(study, held_out.tokens(words)):
+            alike[i].append(tokens.tobytes())
+        digests = [hashlib.sha256(b"".join(sorted(of_study))).hexdigest() for of_study in alike]
+        return Side(mean.astype(np.float32), text.present, np.unique(digests, return_inverse=True)[1])
+
+    def _answer(self, name: str, asked: ZeroShot, image: Side, held_out: HeldOut) -> Findings:
+        field = held_out.first_text
+        prompts = [{field: prompt} for prompt in asked.positive + asked.negative]
+        positive, negative = np.split(held_out.of_texts(prompts, ("text",))["text"], [len(asked.positive)])
+        scores = {"zero_shot": zero_shot(image.vectors, positive, negative)}
+        fitted = held_out.fitted(asked.label, frozenset())
+        scores |= {key: of for key, of in fitted.items() if key.startswith(BASELINE)}
+        return tell(name, asked.label, scores, held_out, measured=image.present)
+
+    def _examples(self, sides: dict[str, Side], held_out: HeldOut) -> Passage:
+        """A few test studies drawn at random, with the texts nearest to their images."""
+        image, text = sides["image"], sides["text"]
+        both = np.flatnonzero(image.present & text.present)
+        ranks = retrieval_ranks(image.vectors[both], text.vectors[both], text.same[both])
+        chosen = np.sort(np.random.default_rng(held_out.seed).permutation(len(both))[:EXAMPLES])
+        nearest = (image.vectors[both[chosen]] @ text.vectors[both].T).argmax(axis=1)
+        readings = held_out.readings()
+        pictures = [held_out.picture(int(held_out.test.rows[both[i]])) for i in chosen]
+        shown = [
+            Example(picture, first_of(readings[both[j]]), first_of(readings[both[i]]), float(ranks.expected[i]))
+            for picture, i, j in zip(pictures, chosen, nearest)
+        ]
+        note = (
+            "Held-out studies drawn at random: middle slice at true scale, the text nearest to the image among those "
+            f"of {len(both)} studies, and the study's own text with its rank. Of several texts of a study, the mean is "
+            "what is compared and the first is what is shown."
+        )
+        return Passage("Examples", note, examples_html(shown))
 
 
-def text_hash(batch: Batch) -> UInt32[Array, "batch 2"]:
-    """64 bits of each study's tokens in every text field."""
-    tokens = jnp.concatenate([text.tokens for _, text in sorted(batch.texts.items())], axis=1).astype(jnp.uint32)
-    salt = np.random.default_rng(0).integers(1, 2**32, (2, tokens.shape[1]), dtype=np.uint32) | np.uint32(1)
-    return jnp.stack([_mixed(tokens, row) for row in salt], axis=1)
+def text_hashes(batch: Batch) -> UInt32[Array, "batch way 2"]:
+    """64 bits of each study's whole texts, and of what is shown of them, over all fields."""
+    whole = jnp.concatenate([text.digest for _, text in sorted(batch.texts.items())], axis=1)
+    shown = jnp.concatenate([text.tokens for _, text in sorted(batch.texts.items())], axis=1).astype(jnp.uint32)
+    return jnp.stack([_hash(whole), _hash(shown)], axis=1)
 
 
-def _mixed(tokens, salt):
+def _hash(words: UInt32[Array, "batch word"]) -> UInt32[Array, "batch 2"]:
+    salt = np.random.default_rng(0).integers(1, 2**32, (2, words.shape[1]), dtype=np.uint32) | np.uint32(1)
+    return jnp.stack([_mixed(words, row) for row in salt], axis=1)
+
+
+def _mixed(words, salt):
     """A 32-bit hash of each row: products with odd salts, scrambled before they are summed."""
-    x = (tokens + 1) * salt
+    x = (words + 1) * salt
     x = (x ^ (x >> 15)) * jnp.uint32(0x2C1B3C6D)
     x = (x ^ (x >> 12)) * jnp.uint32(0x297A2D39)
     return (x ^ (x >> 15)).sum(axis=1, dtype=jnp.uint32)

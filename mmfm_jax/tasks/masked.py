@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Bool, Float, Int
-from pydantic import PositiveInt
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
+from pydantic import Field, PositiveInt
 
-from mmfm_jax.config.base import Probability
+from mmfm_jax.config.base import Config, Probability
 from mmfm_jax.config.model import ModelConfig, TransformerConfig
 from mmfm_jax.data.batch import PAD, Array, Batch, InputSpec, PackedPart
 from mmfm_jax.errors import UserError
-from mmfm_jax.losses.mean import mean_where
+from mmfm_jax.losses.mean import Mean
 from mmfm_jax.losses.vocabulary import chunked_cross_entropy
 from mmfm_jax.model.decoder import Decoder
 from mmfm_jax.model.hiding import hide
@@ -32,7 +32,18 @@ from mmfm_jax.model.multimodal import Hidden, table_present
 from mmfm_jax.model.position import angles_1d, angles_3d, waves
 from mmfm_jax.model.tokens import Tokens, join
 from mmfm_jax.model.vision import as_patches
-from mmfm_jax.tasks.base import Metrics, Task, TaskConfig, Views
+from mmfm_jax.tasks.base import Losses, Task, TaskConfig, Views
+
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class PartWeights(Config):
+    """Factors of the parts of the loss: of each image role, each text field, the numbers and the categories."""
+
+    image: NotNegative = 1.0
+    text: NotNegative = 1.0
+    numbers: NotNegative = 1.0
+    categories: NotNegative = 1.0
 
 
 class MaskedConfig(TaskConfig):
@@ -47,6 +58,9 @@ class MaskedConfig(TaskConfig):
     """Share of the columns."""
     depth: PositiveInt = 2
     """Blocks of the decoder."""
+    normalise: bool = True
+    """Voxels of a hidden patch are predicted less their mean and over their deviation, as in MAE; else as windowed."""
+    weights: PartWeights = PartWeights()
 
 
 @dataclass(frozen=True)
@@ -99,10 +113,10 @@ class Masked(Task):
         columns = self.numbers + sum(self.sizes)
         self.columns = Linear(width, columns, ("width", None), rngs, bias=True) if columns else None
 
-    def loss(self, views: Views, rng: jax.Array) -> tuple[Float[Array, ""], Metrics]:
-        """Sum of the mean losses of images (squared error of windowed voxels), of texts (cross-entropy) and of columns
-        (squared error of standardised numbers, cross-entropy of categories)."""
-        masks = self._draw(views.batch, rng)
+    def loss(self, views: Views, keys: PRNGKeyArray) -> Losses:
+        """Squared error of the voxels of images and of standardised numbers, cross-entropy of tokens and of categories:
+        a part each, over what is hidden."""
+        masks = self._draw(views.batch, keys)
         hidden = Hidden(
             images=masks.shown,
             tokens={
@@ -112,20 +126,25 @@ class Masked(Task):
             columns=None if self.columns is None else masks.columns,
         )
         latents = views.model.fuse(views.model.encode(views.batch, hidden))
-        metrics = self._score(self._decode(latents, masks, views.batch), masks, views.batch)
-        return sum(metrics.values(), start=jnp.zeros(())), metrics
+        return Losses(self._score(self._decode(latents, masks, views.batch), masks, views.batch))
 
-    def _draw(self, batch: Batch, rng: jax.Array) -> Masks:
+    def part_weight(self, part: str) -> float:
+        weights = self.config.weights
+        first, _, second = part.partition("/")
+        return getattr(weights, second if first == "table" else first)
+
+    def _draw(self, batch: Batch, keys: PRNGKeyArray) -> Masks:
         """What to hide of each study."""
-        rngs, studies = jax.random.split(rng, len(self.shapes) + len(self.fields) + 1), batch.study.shape[0]
+        of_part = jax.vmap(lambda key: jax.random.split(key, len(self.shapes) + len(self.fields) + 1), out_axes=1)(keys)
         shown, patches, tokens = {}, {}, {}
-        for key, (role, shape) in zip(rngs, self.shapes):
+        for own, (role, shape) in zip(of_part, self.shapes):
             whole = batch.packed[role] if role in batch.packed else as_patches(batch.images[role], shape)
-            shown[role], patches[role] = hide(whole, self.config.image, math.prod(shape.grid), key)
-        for key, field in zip(rngs[len(self.shapes) :], self.fields):
+            shown[role], patches[role] = hide(whole, self.config.image, math.prod(shape.grid), own)
+        for own, field in zip(of_part[len(self.shapes) :], self.fields):
             text = batch.texts[field]
-            tokens[field] = choose(key, (text.tokens != PAD) & text.present[:, None], self.config.text)
-        columns = jax.random.bernoulli(rngs[-1], self.config.table, (studies, self.numbers + self.categories))
+            tokens[field] = choose(own, (text.tokens != PAD) & text.present[:, None], self.config.text)
+        count, share = self.numbers + self.categories, self.config.table
+        columns = jax.vmap(lambda key: jax.random.bernoulli(key, share, (count,)))(of_part[-1])
         return Masks(shown, patches, tokens, columns)
 
     def _decode(self, latents: Float[Array, "batch latent width"], masks: Masks, batch: Batch) -> list[jax.Array]:
@@ -143,21 +162,22 @@ class Masked(Task):
         answers = jnp.split(decoded, np.cumsum(lengths)[:-1], axis=1)
         return [answer.reshape(*query.x.shape[:2], -1) for answer, query in zip(answers, queries)]
 
-    def _score(self, answers: list[jax.Array], masks: Masks, batch: Batch) -> Metrics:
-        remaining, metrics = iter(answers), {}
+    def _score(self, answers: list[jax.Array], masks: Masks, batch: Batch) -> dict[str, Mean]:
+        remaining, losses = iter(answers), {}
         for role, _ in self.shapes:
             hidden = masks.patches[role]
-            error = jnp.square(self.voxels[role](next(remaining)) - hidden.patches).mean(axis=-1)
-            metrics[f"image/{role}"] = mean_where(error, hidden.valid)
+            target = normalised(hidden.patches) if self.config.normalise else hidden.patches
+            error = jnp.square(self.voxels[role](next(remaining)) - target).mean(axis=-1)
+            losses[f"image/{role}"] = Mean.over(error, hidden.valid)
         for field in self.fields:
             chosen, valid = masks.tokens[field]
             target = jnp.take_along_axis(batch.texts[field].tokens, chosen, axis=1)
             kernel, bias = self.tokens.kernel[...], self.tokens.bias[...]
             entropy, _ = chunked_cross_entropy(next(remaining), kernel, bias, target)
-            metrics[f"text/{field}"] = mean_where(entropy, valid)
+            losses[f"text/{field}"] = Mean.over(entropy, valid)
         if self.columns is not None:
-            metrics |= self._column_losses(self.columns(next(remaining)), masks.columns, batch)
-        return metrics
+            losses |= self._column_losses(self.columns(next(remaining)), masks.columns, batch)
+        return losses
 
     def _image_queries(self, part: int, hidden: PackedPart) -> Tokens:
         angles = angles_3d(hidden.centres_mm, self.width, self.wavelengths_mm)
@@ -170,14 +190,14 @@ class Masked(Task):
 
     def _column_losses(
         self, answers: Float[Array, "batch column output"], hidden: Bool[Array, "batch column"], batch: Batch
-    ) -> Metrics:
+    ) -> dict[str, Mean]:
         """Each column reads its own outputs: one for a number, one a class for a category."""
         table, held = batch.table, table_present(batch)[:, None]
         losses = {}
         if self.numbers:
             own = jnp.arange(self.numbers)
             error = jnp.square(answers[:, own, own] - table.numbers)
-            losses["table/numbers"] = mean_where(error, hidden[:, : self.numbers] & table.number_present & held)
+            losses["table/numbers"] = Mean.over(error, hidden[:, : self.numbers] & table.number_present & held)
         first, entropies = self.numbers, []
         for i, size in enumerate(self.sizes):
             logits = answers[:, self.numbers + i, first : first + size]
@@ -185,7 +205,7 @@ class Masked(Task):
             first += size
         if entropies:
             asked = hidden[:, self.numbers :] & table.category_present & held
-            losses["table/categories"] = mean_where(jnp.stack(entropies, axis=1), asked)
+            losses["table/categories"] = Mean.over(jnp.stack(entropies, axis=1), asked)
         return losses
 
 
@@ -194,14 +214,22 @@ def _of_all(x: Float[Array, "batch query width"]) -> Tokens:
     return Tokens(x, jnp.ones(x.shape[:2], jnp.int32))
 
 
+def normalised(patches: Float[Array, "*rows voxel"]) -> Float[Array, "*rows voxel"]:
+    """Each patch less its mean and over its standard deviation (MAE, arXiv:2111.06377); 0 of one that does not vary."""
+    mean = patches.mean(axis=-1, keepdims=True)
+    variance = jnp.square(patches - mean).mean(axis=-1, keepdims=True)
+    return (patches - mean) * jax.lax.rsqrt(variance + 1e-6)
+
+
 def choose(
-    rng: jax.Array, present: Bool[Array, "batch position"], share: float
+    keys: PRNGKeyArray, present: Bool[Array, "batch position"], share: float
 ) -> tuple[Int[Array, "batch chosen"], Bool[Array, "batch chosen"]]:
     """A random `share` of the positions present in each row, at least one of those: positions, and which count.
 
-    The number of columns is that of a full row, so that shapes are static.
+    `keys`: one a row. The number of columns is that of a full row, so that shapes are static.
     """
-    score = jnp.where(present, jax.random.uniform(rng, present.shape), 2.0)
+    drawn = jax.vmap(lambda key: jax.random.uniform(key, present.shape[1:]))(keys)
+    score = jnp.where(present, drawn, 2.0)
     width = max(math.ceil(share * present.shape[1]), 1)
     chosen = score.argsort(axis=1)[:, :width]
     held = present.sum(axis=1, keepdims=True)

@@ -57,7 +57,7 @@ def step_flops(graph: nnx.GraphDef, spec: InputSpec, params: nnx.State, batch: B
     """
 
     def loss(params, batch):
-        return nnx.merge(graph, params).loss(prepare(batch, spec, None, None), jax.random.key(0), train=True)
+        return nnx.merge(graph, params).loss(prepare(batch, spec, None, None), jax.random.key(0), train=True)[0]
 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, batch))
     # JAX lets a mesh give way to one of another size only by way of none.

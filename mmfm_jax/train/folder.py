@@ -78,8 +78,10 @@ def replace(path: Path, text: str) -> None:
 def check_same(run: Path, held: Experiment, asked: Experiment) -> None:
     """Raises UserError that names the first field in which a run may not go on as asked."""
     before, now = (_flat(experiment.model_dump(mode="json")) for experiment in (held, asked))
+    of_tasks = (f"tasks.{name}.{field}" for name, task in asked.tasks.items() for field in task.of_evaluation)
+    free_fields = (*MAY_CHANGE, *of_tasks)
     for field in sorted(before.keys() | now.keys()):
-        if before.get(field) == now.get(field) or any(fnmatchcase(f"{field}.", f"{free}.*") for free in MAY_CHANGE):
+        if before.get(field) == now.get(field) or any(fnmatchcase(f"{field}.", f"{free}.*") for free in free_fields):
             continue
         raise UserError(
             f"{run / CONFIG}: this run was started with {field} {before.get(field, 'not set')} and is now asked to go "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,51 +11,66 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
 from mmfm_jax.data.batch import Batch, InputSpec
 from mmfm_jax.data.feed.transforms import prepare
 from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel import sharding
 from mmfm_jax.parallel.loops import scan
-from mmfm_jax.tasks.base import Metrics
+from mmfm_jax.tasks.base import Scalars
 from mmfm_jax.train import groups
+from mmfm_jax.train.learner import ByTask, Sums
 from mmfm_jax.train.optimizer import schedule
 from mmfm_jax.train.state import TrainState
+
+Counts = dict[str, dict[str, Any]]
+"""Of the parts of each task's loss."""
 
 
 def make_step(
     graph: nnx.GraphDef, experiment: Experiment, spec: InputSpec, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
     """The function from a state and a raw global batch to the next state and the step's metrics."""
     config, rate = experiment.train, schedule(experiment.optimizer, experiment.train.steps)
 
-    def gradient(params: nnx.State, frozen: nnx.State, batch: Batch, rng: jax.Array):
-        """Mean loss, metrics and gradient over the parts of the batch, one part after another."""
+    def objective(params, frozen, counts: Counts | None, batch: Batch, keys) -> tuple[Float[Array, ""], Sums]:
+        """What is minimised, and its sums; divided by `counts`, if given, in place of those of this part."""
+        learner = nnx.merge(graph, params, frozen)
+        sums = learner.sums(batch, keys, train=True)
+        return learner.objective(sums.losses if counts is None else divided_by(sums.losses, counts)), sums
 
-        def loss_of(params: nnx.State, batch: Batch, rng: jax.Array) -> tuple[Float[Array, ""], Metrics]:
-            return nnx.merge(graph, params, frozen).loss(batch, rng, train=True)
+    def gradient(params: nnx.State, frozen: nnx.State, batch: Batch, rng: jax.Array) -> tuple[nnx.State, Sums]:
+        """The gradient of the objective of the whole batch, and its sums, over its parts one after another.
 
-        value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+        Each loss is divided by the count of the whole batch and not of a part, so parts that hold unequally many
+        labels, tokens or images weigh as they would in one piece.
+        """
+        differentiate = jax.grad(objective, has_aux=True)
+        keys = jax.random.split(rng, len(batch.study))  # of each study, so what is drawn of it does not depend on parts
         if config.accumulate == 1:
-            return value_and_grad(params, batch, rng)
+            return differentiate(params, frozen, None, batch, keys)
+        parts = split(batch, keys, config.accumulate)
+        first = jax.tree.map(lambda x: x[0], parts)
 
-        def add(total, part_and_rng):
-            return jax.tree.map(jnp.add, total, value_and_grad(params, *part_and_rng)), None
+        def total(function):
+            """The sum of what a function gives of each part."""
+            shapes = jax.eval_shape(function, *first)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            return scan(lambda sum, part: (jax.tree.map(jnp.add, sum, function(*part)), None), zeros, parts)[0]
 
-        parts = split(batch, config.accumulate)
-        rngs = jax.random.split(rng, config.accumulate)
-        shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts), rngs[0])
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        total, _ = scan(add, zeros, (parts, rngs))
-        return jax.tree.map(lambda x: x / config.accumulate, total)
+        # A count is of what is present and hidden; that it is learnt from nothing lets the compiler drop all else.
+        counts = total(lambda batch, keys: counts_of(objective(params, frozen, None, batch, keys)[1].losses))
+        return total(lambda batch, keys: differentiate(params, frozen, counts, batch, keys))
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         augment_rng, loss_rng = jax.random.split(rng)
         prepared = prepare(batch, spec, experiment.data.augments, augment_rng)
         trained, frozen = groups.split(state.params, experiment.optimizer.groups)
-        (loss, metrics), gradients = gradient(trained, frozen, prepared, loss_rng)
+        gradients, sums = gradient(trained, frozen, prepared, loss_rng)
+        losses = nnx.merge(graph, trained, frozen).metrics(sums)
+        loss = losses["loss"]
 
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -84,7 +100,6 @@ def make_step(
         )
         metrics = (
             {
-                "loss": loss,
                 "gradient_norm": norm,
                 "learning_rate": rate(state.step - state.skipped),  # the schedule counts updates
                 "skipped": following.skipped,
@@ -92,7 +107,7 @@ def make_step(
                 "batch_checksum": checksum(batch),
             }
             | padding(batch)
-            | metrics
+            | losses
         )
         return following, metrics
 
@@ -117,12 +132,15 @@ def jitted_step(
 
 
 def make_validation(graph: nnx.GraphDef, experiment: Experiment, spec: InputSpec) -> Callable:
-    """The function from parameters, a raw batch and the batch's number to the tasks' metrics, nothing augmented."""
+    """The function from parameters, a raw batch and the batch's number to sums of losses and metrics, unaugmented.
 
-    def validate(params: nnx.State, batch: Batch, number: Array) -> Metrics:
+    Sums of several batches add up; `Learner.metrics` divides them.
+    """
+
+    def validate(params: nnx.State, batch: Batch, number: Array) -> Sums:
         rng = jax.random.fold_in(jax.random.key(experiment.seed), number)
-        loss, metrics = nnx.merge(graph, params).loss(prepare(batch, spec, None, None), rng, train=False)
-        return {"loss": loss} | metrics
+        keys = jax.random.split(rng, len(batch.study))
+        return nnx.merge(graph, params).sums(prepare(batch, spec, None, None), keys, train=False)
 
     return validate
 
@@ -139,7 +157,7 @@ def checksum(batch: Batch) -> UInt32[Array, ""]:
     return total
 
 
-def padding(batch: Batch) -> Metrics:
+def padding(batch: Batch) -> Scalars:
     """The share of the tokens of packed images that no image fills; nothing where none is packed."""
     segments = [part.segment for part in batch.packed.values() if part.segment is not None]
     if not segments:
@@ -148,13 +166,25 @@ def padding(batch: Batch) -> Metrics:
     return {"padding": 1 - filled / sum(segment.size for segment in segments)}
 
 
-def split(batch: Batch, parts: int) -> Batch:
-    """[batch, ...] as [parts, batch / parts, ...]; part i takes every row that is i modulo `parts`, so each device
-    keeps the studies it holds. A row is a study, or the studies whose images are packed together."""
+def counts_of(losses: ByTask) -> Counts:
+    return {task: {name: part.count for name, part in of.items()} for task, of in losses.items()}
+
+
+def divided_by(losses: ByTask, counts: Counts) -> ByTask:
+    return {
+        task: {name: replace(part, count=counts[task][name]) for name, part in of.items()}
+        for task, of in losses.items()
+    }
+
+
+def split(batch: Batch, keys: PRNGKeyArray, parts: int) -> tuple[Batch, PRNGKeyArray]:
+    """[batch, ...] as [parts, batch / parts, ...], of a batch and of a key a study; part i takes every row that is i
+    modulo `parts`, so each device keeps the studies it holds. A row is a study, or the studies whose images are packed
+    together."""
     rows = len(batch.study) // max((part.studies for part in batch.packed.values()), default=1)
 
     def cut(x):
         dealt = x.reshape(rows // parts, parts, len(x) // rows, *x.shape[1:]).swapaxes(0, 1)
         return dealt.reshape(parts, len(x) // parts, *x.shape[1:])
 
-    return jax.tree.map(cut, batch)
+    return jax.tree.map(cut, (batch, keys))

@@ -32,8 +32,11 @@ def test_the_shapes_planned_are_those_that_the_pipeline_makes(planned, material)
     batch = next(batches)
     batches.close()
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), batch)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), lower.batch_shapes(spec, 16, {"ct": "uint8"})) == shapes
-    noise = measure.random_batch(spec, 16, {"ct": "uint8"})
+    assert (
+        jax.tree.map(lambda x: (x.shape, x.dtype), lower.batch_shapes(spec, tuple(spec.labels), 16, {"ct": "uint8"}))
+        == shapes
+    )
+    noise = measure.random_batch(spec, experiment.labels, 16, {"ct": "uint8"})
     assert jax.tree.map(lambda x: (x.shape, x.dtype), noise) == shapes
     assert np.unique(np.asarray(noise.packed["ct"].segment)).tolist() == [1, 2, 3, 4]
     assert tokens_of(spec) == 20 // 4 + 12 + 3

@@ -1,4 +1,4 @@
-"""Captions: what a token is foretold from, how it is scored, and that greedy decoding gives learnt sentences back."""
+"""Captions: what a token is predicted from, how it is scored, and that greedy decoding gives learnt sentences back."""
 
 import dataclasses
 
@@ -49,7 +49,11 @@ def setting(material):
 
 
 def views_of(model, batch):
-    return Views(model, batch, jax.random.key(0), train=True)
+    return Views(model, batch, keys(batch), train=True)
+
+
+def keys(batch):
+    return jax.random.split(jax.random.key(0), len(batch.study))
 
 
 def with_tokens(batch, tokens):
@@ -58,7 +62,7 @@ def with_tokens(batch, tokens):
     )
 
 
-def test_no_token_is_foretold_from_itself_or_what_follows(setting):
+def test_no_token_is_predicted_from_itself_or_what_follows(setting):
     task, model, batch = setting
     tokens = np.array(batch.texts["report"].tokens)
 
@@ -89,7 +93,8 @@ def test_latents_do_not_know_the_text_but_know_the_image(setting):
 def test_loss_accuracy_and_perplexity_are_those_of_a_plain_loop_over_texts(setting):
     task, model, batch = setting
     views = views_of(model, batch)
-    loss, metrics = task.loss(views, jax.random.key(0))
+    found = task.loss(views, keys(batch))
+    loss, accuracy = found.parts["loss"].value, found.metrics["accuracy"].value
     text = batch.texts["report"]
     logits = np.asarray(task.decoder.logits(task.decoder(text.tokens, task.latents(views))), np.float64)
     entropies, hits = [], []
@@ -100,8 +105,15 @@ def test_loss_accuracy_and_perplexity_are_those_of_a_plain_loop_over_texts(setti
             hits.append(logits[row, at].argmax() == word)
     assert len(entropies) > 20
     np.testing.assert_allclose(loss, np.mean(entropies), rtol=1e-5)
-    np.testing.assert_allclose(metrics["accuracy"], np.mean(hits), rtol=1e-6)
-    np.testing.assert_allclose(metrics["perplexity"], np.exp(np.mean(entropies)), rtol=1e-5)
+    assert found.parts["loss"].count == len(entropies)
+    np.testing.assert_allclose(accuracy, np.mean(hits), rtol=1e-6)
+    np.testing.assert_allclose(task.derived({"loss": loss})["perplexity"], np.exp(np.mean(entropies)), rtol=1e-5)
+    predicted = task.predict(views)
+    np.testing.assert_allclose(np.sum(predicted["nats"]), np.sum(entropies), rtol=1e-5)
+    assert (
+        np.sum(predicted["tokens"]) == len(entropies)
+        and not np.asarray(predicted["tokens"])[~np.asarray(text.present)].any()
+    )
 
 
 def test_studies_of_text_alone_are_a_language_model_on_the_latents_of_nothing(setting):
@@ -112,7 +124,9 @@ def test_studies_of_text_alone_are_a_language_model_on_the_latents_of_nothing(se
     alone = dataclasses.replace(batch, images=images, table=table)
     latents = np.asarray(task.latents(views_of(model, alone)))
     np.testing.assert_array_equal(latents, np.broadcast_to(latents[:1], latents.shape))
-    loss, slope = nnx.value_and_grad(lambda task: task.loss(views_of(model, alone), jax.random.key(0))[0])(task)
+    loss, slope = nnx.value_and_grad(lambda task: task.loss(views_of(model, alone), keys(alone)).parts["loss"].value)(
+        task
+    )
     assert np.isfinite(loss) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slope))
     assert float(optax.tree.norm(slope)) > 0
 
@@ -135,8 +149,8 @@ def test_greedy_decoding_gives_back_the_sentences_of_an_overfitted_decoder(tied)
 
     def loss(state):
         decoder = nnx.merge(graph, state)
-        shown, following, asked = shift(tokens, jnp.ones(len(tokens), bool))
-        return mean_where(chunked_cross_entropy(decoder(shown, latents), *decoder.output, following)[0], asked)
+        following, asked = shift(tokens, jnp.ones(len(tokens), bool))
+        return mean_where(chunked_cross_entropy(decoder(tokens, latents), *decoder.output, following)[0], asked)
 
     def step(carry, _):
         state, moments = carry

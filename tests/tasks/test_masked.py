@@ -1,5 +1,7 @@
 """What masked modelling hides and how it is scored."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,9 @@ from mmfm_jax.tasks.masked import Masked, MaskedConfig, choose
 def test_chosen_positions_are_present_distinct_and_of_the_share_asked_for(seed, share):
     rng = np.random.default_rng(seed)
     present = rng.random((6, 20)) < rng.random((6, 1))
-    chosen, valid = (np.asarray(x) for x in choose(jax.random.key(seed), jnp.asarray(present), share))
+    chosen, valid = (
+        np.asarray(x) for x in choose(jax.random.split(jax.random.key(seed), 6), jnp.asarray(present), share)
+    )
     for row in range(6):
         held, picked = present[row].sum(), chosen[row][valid[row]]
         assert present[row][picked].all() and len(set(picked)) == len(picked)
@@ -31,7 +35,7 @@ def test_chosen_positions_are_present_distinct_and_of_the_share_asked_for(seed, 
 
 def test_every_position_is_hidden_as_often_as_any_other():
     present = jnp.ones((4000, 8), bool).at[:, 6:].set(False)
-    chosen, valid = choose(jax.random.key(0), present, 0.5)
+    chosen, valid = choose(jax.random.split(jax.random.key(0), 4000), present, 0.5)
     counts = np.bincount(np.asarray(chosen)[np.asarray(valid)], minlength=8)
     assert counts[6:].sum() == 0
     np.testing.assert_allclose(counts[:6] / 4000, 0.5, atol=0.05)
@@ -42,26 +46,98 @@ def setting(material):
     model_config, spec = material.experiment.model, material.spec
     model = MultimodalModel(model_config, spec, nnx.Rngs(params=0))
     task = Masked("masked", MaskedConfig(depth=1), model_config, spec, nnx.Rngs(params=1))
-    return task, Views(model, prepare(material.batch, spec, None, None), jax.random.key(0), train=True)
+    return task, Views(model, prepare(material.batch, spec, None, None), train=True)
 
 
-def test_image_loss_of_a_blind_head_is_the_mean_square_of_present_images(setting):
-    """Whatever is masked: over many draws a head that answers 0 is wrong by the mean square of the voxels."""
+def part(task, views, name, seed=0):
+    """The mean of a part of the loss."""
+    return task.loss(views, keys_of(views, seed)).parts[name].value
+
+
+def keys_of(views, seed=0):
+    return jax.random.split(jax.random.key(seed), len(views.batch.study))
+
+
+def hidden_patches(task, views, keys) -> np.ndarray:
+    """Which patches of each image are hidden, bool [study, patch]."""
+    image, shape = views.batch.images["ct"], dict(task.shapes)["ct"]
+    cut = np.asarray(patches(image.voxels, shape))
+    numbers = np.broadcast_to(np.arange(cut.shape[1], dtype=np.float32)[:, None], cut.shape)
+    z, y, x = shape.grid
+    grid = numbers.reshape(len(cut), z, y, x, *shape.patch, shape.channels)
+    voxels = grid.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(image.voxels.shape)
+    numbered = dataclasses.replace(views.batch, images={"ct": dataclasses.replace(image, voxels=jnp.asarray(voxels))})
+    found = np.asarray(task._draw(numbered, keys).patches["ct"].patches)[..., 0].astype(int)
+    return (found[:, :, None] == np.arange(cut.shape[1])).any(axis=1)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_image_loss_of_a_blind_head_is_the_mean_square_of_the_hidden_patches(setting, normalise):
     task, views = setting
     blind = nnx.clone(task)
+    blind.config = blind.config.model_copy(update={"normalise": normalise})
     blind.voxels["ct"].kernel[...] = jnp.zeros_like(blind.voxels["ct"].kernel[...])
-    loss = nnx.jit(lambda task, key: task.loss(views, key)[1]["image/ct"])
-    squares = [float(loss(blind, jax.random.key(key))) for key in range(40)]
-    image = views.batch.images["ct"]
-    cut = np.asarray(patches(image.voxels, dict(task.shapes)["ct"]), np.float64)[np.asarray(image.present)]
-    np.testing.assert_allclose(np.mean(squares), np.square(cut).mean(), rtol=0.05)
+    image, keys = views.batch.images["ct"], keys_of(views)
+    cut = np.asarray(patches(image.voxels, dict(task.shapes)["ct"]), np.float64)
+    if normalise:
+        cut = (cut - cut.mean(-1, keepdims=True)) / np.sqrt(cut.var(-1, keepdims=True) + 1e-6)
+    here = hidden_patches(task, views, keys) & np.asarray(image.present)[:, None]
+    found = blind.loss(views, keys).parts["image/ct"]
+    assert found.count == here.sum() > 0
+    np.testing.assert_allclose(found.value, np.square(cut[here]).mean(), rtol=1e-5)
+    if not normalise:
+        shown = ~hidden_patches(task, views, keys) & np.asarray(image.present)[:, None]
+        assert abs(np.square(cut[shown]).mean() / np.square(cut[here]).mean() - 1) > 1e-3  # the shown ones would differ
+
+
+def test_what_is_hidden_reaches_no_latent_and_is_what_is_scored(setting, monkeypatch):
+    task, views = setting
+    batch, keys = views.batch, keys_of(views)
+    masks, shape = task._draw(batch, keys), dict(task.shapes)["ct"]
+    latents, fuse = [], MultimodalModel.fuse
+    monkeypatch.setattr(MultimodalModel, "fuse", lambda self, *a: latents.append(fuse(self, *a)) or latents[-1])
+    expected = task.loss(views, keys).parts
+
+    image = batch.images["ct"]
+    z, y, x = shape.grid
+    hidden = hidden_patches(task, views, keys).reshape(-1, z, y, x)
+    for axis, size in enumerate(shape.patch, 1):
+        hidden = hidden.repeat(size, axis)
+    noise = np.random.default_rng(0)
+    voxels = np.where(hidden[..., None], noise.random(image.voxels.shape), image.voxels).astype(np.float32)
+    tokens = np.array(batch.texts["report"].tokens)
+    chosen, valid = (np.asarray(part) for part in masks.tokens["report"])
+    for row, column in zip(*np.nonzero(valid)):
+        tokens[row, chosen[row, column]] = 3 + (tokens[row, chosen[row, column]] + 17) % 200
+    columns, table = np.asarray(masks.columns), batch.table
+    numbers, categories = columns[:, : task.numbers], columns[:, task.numbers :]
+    others = (np.asarray(table.number_present) & ~numbers).any(1) | (
+        np.asarray(table.category_present) & ~categories
+    ).any(1)
+    changed = dataclasses.replace(
+        batch,
+        images={"ct": dataclasses.replace(image, voxels=jnp.asarray(voxels))},
+        texts={"report": dataclasses.replace(batch.texts["report"], tokens=jnp.asarray(tokens))},
+        table=dataclasses.replace(
+            table,
+            numbers=jnp.where(numbers, table.numbers + 3, table.numbers),
+            categories=jnp.where(categories, 1 - table.categories, table.categories),
+            # nor whether it was missing, of a study with something else in its table
+            number_present=table.number_present ^ (numbers & others[:, None]),
+        ),
+    )
+    got = task.loss(Views(views.model, changed, train=True), keys).parts
+    np.testing.assert_array_equal(latents[1], latents[0])
+    assert set(got) == {"image/ct", "text/report", "table/numbers", "table/categories"}
+    for name in got:
+        assert abs(float(got[name].value - expected[name].value)) > 1e-4, name
 
 
 def test_text_loss_of_a_blind_head_is_the_logarithm_of_the_vocabulary(setting, material):
     task, views = setting
     blind = nnx.clone(task)
     blind.tokens.kernel[...] = jnp.zeros_like(blind.tokens.kernel[...])
-    loss = blind.loss(views, jax.random.key(0))[1]["text/report"]
+    loss = part(blind, views, "text/report")
     np.testing.assert_allclose(loss, np.log(material.spec.vocabulary_size), rtol=1e-5)
 
 
@@ -70,8 +146,8 @@ def test_token_cross_entropy_equals_that_of_torch(setting, material, monkeypatch
     task, views = setting
     answers = {}
 
-    def chosen(rng, present, share):
-        answers["chosen"] = choose(rng, present, share)
+    def chosen(keys, present, share):
+        answers["chosen"] = choose(keys, present, share)
         return answers["chosen"]
 
     def entropy(x, kernel, bias, target):
@@ -80,7 +156,7 @@ def test_token_cross_entropy_equals_that_of_torch(setting, material, monkeypatch
 
     monkeypatch.setattr(masked, "choose", chosen)
     monkeypatch.setattr(masked, "chunked_cross_entropy", entropy)
-    loss = task.loss(views, jax.random.key(5))[1]["text/report"]
+    loss = part(task, views, "text/report", seed=5)
     positions, valid = (np.array(x) for x in answers["chosen"])
     target = np.take_along_axis(np.array(views.batch.texts["report"].tokens), positions, 1)
     target[~valid] = -100  # torch's way to leave out

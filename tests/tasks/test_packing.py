@@ -134,7 +134,7 @@ def outputs(learner, material):
     def outputs(batch):
         learner = nnx.merge(graph, state)
         encoded = learner.model.encode(prepare(batch, material.spec, None, None))
-        return learner.model.fuse(encoded), learner.tasks["image_text"]._embed("image", encoded)[0]
+        return learner.model.fuse(encoded), learner.tasks["image_text"].pool["image"](encoded["image/ct"])
 
     return outputs
 
@@ -206,7 +206,9 @@ def test_of_each_study_its_share_is_hidden_and_the_rest_stays(seed, studies, sha
         segment[row, : len(ids)] = ids
     name = np.arange(1, 2 * tokens + 1, dtype=np.float32).reshape(2, tokens, 1)  # each patch holds its number
     part = PackedPart(name, np.repeat(name, 3, axis=2), segment, sizes.reshape(-1) > 0)
-    stay, hidden = (jax.tree.map(np.asarray, p) for p in hide(part, share, 6, jax.random.key(seed)))
+    stay, hidden = (
+        jax.tree.map(np.asarray, p) for p in hide(part, share, 6, jax.random.split(jax.random.key(seed), 2 * studies))
+    )
     for row, of in np.ndindex(2, studies):
         mine = name[row, segment[row] == 1 + of, 0]
         kept, gone = (p.patches[row, p.segment[row] == 1 + of, 0] for p in (stay, hidden))
@@ -223,9 +225,12 @@ def test_padding_is_the_share_of_tokens_without_an_image(by_four, material):
 
 def test_accumulated_parts_keep_the_studies_of_a_row_together(by_four):
     batch = by_four
-    parts = split(batch, 2)
+    keys = jax.random.split(jax.random.key(0), STUDIES)
+    parts = split(batch, keys, 2)
     for i in range(2):
-        part = jax.tree.map(lambda x, i=i: x[i], parts)
+        part, own = jax.tree.map(lambda x, i=i: x[i], parts)
+        of_keys = jax.random.key_data(keys).reshape(4, 4, -1)[i::2].reshape(8, -1)
+        np.testing.assert_array_equal(jax.random.key_data(own), of_keys)
         of_rows = batch.study.reshape(4, 4)[i::2].reshape(-1)
         np.testing.assert_array_equal(part.study, of_rows)
         np.testing.assert_array_equal(part.packed["ct"].patches, batch.packed["ct"].patches[i::2])

@@ -6,13 +6,14 @@ import json
 import numpy as np
 import pytest
 
+from mmfm_jax.data.feed.example import Samples
 from mmfm_jax.data.feed.order import training_rows
 from mmfm_jax.data.feed.pipeline import local_batches
 from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.errors import UserError
 from mmfm_jax.evaluate.report import middle_slice
 from mmfm_jax.train import folder
-from mmfm_jax.train.loop import Samples, train
+from mmfm_jax.train.loop import train
 
 PACKED = {
     "inputs.images.ct": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from mmfm_jax.config.inputs import ImageInput, Inputs, TextInput
+from mmfm_jax.config.inputs import ImageInput, Inputs
 from mmfm_jax.data.batch import (
     Batch,
     ImagePart,
@@ -93,8 +94,17 @@ class Samples:
     An image of a packed role is a grid of patches, as many as it fills: its arrays are [z, y, x, ...].
     """
 
-    def __init__(self, store: StudyStore | StoreMix, inputs: Inputs, spec: InputSpec, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        store: StudyStore | StoreMix,
+        inputs: Inputs,
+        spec: InputSpec,
+        tokenizer: Tokenizer,
+        labels: Sequence[str] | None = None,
+    ):
+        """`labels`: those that are read; all of the store where None."""
         self.store, self.inputs, self.spec, self.tokenizer = store, inputs, spec, tokenizer
+        self.labels = tuple(spec.labels) if labels is None else tuple(labels)
         for role in spec.images:
             for image in store.image_inputs(role, inputs.images[role]):
                 if image.foreground:
@@ -123,7 +133,7 @@ class Samples:
             images={},
             texts={field: self._text(field, texts.get(field, ()), rng) for field in self.spec.texts},
             table=self._table(values),
-            labels={name: _label(labels.get(name)) for name in self.spec.labels},
+            labels={name: _label(labels.get(name)) for name in self.labels},
             source=self._source(row),
         )
         boxes |= {role: box for role in self.packed if (box := self._box(role, row, rng))}
@@ -143,7 +153,7 @@ class Samples:
             images={},
             texts={field: self._text(field, (), None) for field in self.spec.texts},
             table=self._table({}),
-            labels={name: _label(None) for name in self.spec.labels},
+            labels={name: _label(None) for name in self.labels},
             source=self._source(0),
         )
         return Drawn(self, nothing, {})
@@ -224,11 +234,12 @@ class Samples:
     def _text(self, field: str, texts: Sequence[str], rng: np.random.Generator | None) -> TextPart:
         length = self.spec.texts[field]
         if not texts:
-            return TextPart(np.full(length, PAD, np.int32), np.asarray(False))
-        text = texts[0] if rng is None else _drawn(texts, self.inputs.texts[field], rng)
-        tokens = self.tokenizer.encode(text, length)
+            return TextPart(np.full(length, PAD, np.int32), np.asarray(False), np.zeros(2, np.uint32))
+        text = texts[0] if rng is None else texts[int(rng.integers(len(texts)))]
+        shown = text if rng is None else _some_sentences(text, self.inputs.texts[field].sentence_keep, rng)
+        tokens = self.tokenizer.encode(shown, length)
         # A foreign tokenizer may have no start token; then an empty text has nothing to attend to and counts as absent.
-        return TextPart(tokens, np.asarray((tokens != PAD).any()))
+        return TextPart(tokens, np.asarray((tokens != PAD).any()), digest(text))
 
     def _table(self, values: dict[str, float | str]) -> TablePart:
         numbers = [values.get(name) for name in self.spec.numbers]
@@ -254,12 +265,16 @@ def _label(value: int | None) -> LabelPart:
     return LabelPart(np.asarray(value or 0, np.int32), np.asarray(value is not None))
 
 
-def _drawn(texts: Sequence[str], config: TextInput, rng: np.random.Generator) -> str:
-    """One of the texts; with `sentence_keep` below 1 some of its sentences, at least one, in random order."""
-    text = texts[int(rng.integers(len(texts)))]
-    if config.sentence_keep == 1:
+def digest(text: str) -> np.ndarray:
+    """64 bits of a text, uint32 [2]: equal for equal texts but for space at their ends."""
+    return np.frombuffer(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), np.uint32)
+
+
+def _some_sentences(text: str, keep: float, rng: np.random.Generator) -> str:
+    """With `keep` below 1 some of the sentences of a text, at least one, in random order."""
+    if keep == 1:
         return text
     sentences = _SENTENCE_END.split(text.strip())
-    kept = rng.random(len(sentences)) < config.sentence_keep
+    kept = rng.random(len(sentences)) < keep
     kept[rng.integers(len(sentences))] |= not kept.any()
     return " ".join(sentences[i] for i in rng.permutation(np.flatnonzero(kept)))

@@ -55,6 +55,7 @@ def make_spec(
         },
         categories={name: column.vocabulary for name, column in columns.items() if column.kind == "category"},
         labels={name: label.classes for name, label in schema.labels.items()},
+        label_texts={name: label.from_text for name, label in schema.labels.items() if label.from_text},
     )
 
 

@@ -59,7 +59,8 @@ def prepare(
 
 
 def _text(part: TextPart) -> TextPart:
-    return TextPart(jnp.where(part.present[:, None], part.tokens, PAD), part.present)
+    present = part.present[:, None]
+    return TextPart(jnp.where(present, part.tokens, PAD), part.present, jnp.where(present, part.digest, 0))
 
 
 def _table(table: TablePart, spec: InputSpec) -> TablePart:

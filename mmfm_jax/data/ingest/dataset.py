@@ -205,6 +205,8 @@ class Label(FromTable, FromEvents):
     values: dict[str, str] = Field(default_factory=dict)
     """Spellings in the source and the class that they mean."""
     description: str = ""
+    from_text: str = ""
+    """The text that it was read out of, or that states it: a task that learns it is not shown that modality."""
 
     @model_validator(mode="after")
     def _lead_to_classes(self):
@@ -281,6 +283,9 @@ class Dataset(Config):
             if role.table:
                 part = "images" if isinstance(role, ImageRole) else "masks"
                 self._check_source(f"{part}.{name}", role.table, role.column, may_identify=True)
+        for name, label in self.labels.items():
+            if label.from_text and label.from_text not in self.texts:
+                raise ValueError(f"labels.{name}.from_text: there is no text {label.from_text}")
         for name, mask in self.masks.items():
             if mask.image not in self.images:
                 raise ValueError(f"masks.{name}: there is no image role {mask.image}")

@@ -155,7 +155,8 @@ def schema_of(dataset: Dataset) -> Schema:
             for name, mask in dataset.masks.items()
         },
         labels={
-            name: LabelSpec(classes=one.classes, description=one.description) for name, one in dataset.labels.items()
+            name: LabelSpec(classes=one.classes, description=one.description, from_text=one.from_text)
+            for name, one in dataset.labels.items()
         },
     )
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 from jaxtyping import Float
-from matplotlib.figure import Figure
 
-from mmfm_jax.page import STYLE
+if TYPE_CHECKING:  # a second to import, which who trains need not wait for
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Slice:
 
 def scaled_slice(image: Slice, extent_mm: tuple[float, float]) -> Figure:
     """The slice in a frame of `extent_mm` (y x), so that frames of one extent show true sizes, with a scale bar."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from mmfm_jax.page import STYLE
+
     height, width = image.extent_mm
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.5 * extent_mm[1] / extent_mm[0], 1.5), facecolor="black")

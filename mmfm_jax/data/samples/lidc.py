@@ -73,7 +73,12 @@ DATASET = {
     },
     "columns": {name: column | {"table": "nodules"} for name, column in _COLUMNS.items()},
     "labels": {
-        name: {"table": "nodules", "classes": list(label.classes), "description": label.description}
+        name: {
+            "table": "nodules",
+            "classes": list(label.classes),
+            "description": label.description,
+            "from_text": label.from_text,
+        }
         for name, label in LABELS.items()
     },
 }

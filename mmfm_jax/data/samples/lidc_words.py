@@ -57,18 +57,22 @@ LABELS: dict[str, LabelSpec] = {
     "spiculation": LabelSpec(
         classes=("absent", "present"),
         description="Median spiculation rating: at most 2 absent, at least 3 present, otherwise unlabelled.",
+        from_text="report",
     ),
     "lobulation": LabelSpec(
         classes=("absent", "present"),
         description="Median lobulation rating: at most 2 absent, at least 3 present, otherwise unlabelled.",
+        from_text="report",
     ),
     "calcification": LabelSpec(
         classes=("absent", "present"),
         description="More than half of the readers saw no calcification: absent; more than half saw some: present.",
+        from_text="report",
     ),
     "margin": LabelSpec(
         classes=("poorly defined", "sharp"),
         description="Median margin rating: at most 2 poorly defined, at least 4 sharp, otherwise unlabelled.",
+        from_text="report",
     ),
 }
 _BOUNDS = {"malignancy": (2, 4), "spiculation": (2, 3), "lobulation": (2, 3), "margin": (2, 4)}

@@ -50,7 +50,11 @@ def make_batch(rng: np.random.Generator, n: int = STUDIES, dtype=np.float32) -> 
         rng.normal([60, 1e-3], [12, 1e-4], (n, 2)).astype(np.float32), present(2),
         rng.integers(0, 2, (n, 1)).astype(np.int32), present(1),
     )  # fmt: skip
-    texts = {"report": TextPart(rng.integers(0, 300, (n, 5)).astype(np.int32), present())}
+    texts = {
+        "report": TextPart(
+            rng.integers(0, 300, (n, 5)).astype(np.int32), present(), rng.integers(0, 9, (n, 2), np.uint32)
+        )
+    }
     labels = {"malignancy": LabelPart(rng.integers(0, 2, n).astype(np.int32), present())}
     return Batch(np.arange(n, dtype=np.int32), images, texts, table, labels)
 
@@ -70,7 +74,10 @@ def spoil_absent(batch: Batch, number: float, index: int) -> Batch:
             role: ImagePart(spoil(p.voxels, p.present), spoil(p.spacing_mm, p.present), p.present)
             for role, p in batch.images.items()
         },
-        texts={name: TextPart(spoil(p.tokens, p.present), p.present) for name, p in batch.texts.items()},
+        texts={
+            name: TextPart(spoil(p.tokens, p.present), p.present, spoil(p.digest, p.present))
+            for name, p in batch.texts.items()
+        },
         table=TablePart(
             spoil(table.numbers, table.number_present), table.number_present,
             spoil(table.categories, table.category_present), table.category_present,

@@ -27,7 +27,7 @@ from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.data.study import ColumnSpec, Image, ImageSpec, LabelSpec, MaskSpec, Schema, Study
 from mmfm_jax.errors import UserError
 from mmfm_jax.train import folder
-from mmfm_jax.train.loop import start_or_resume
+from mmfm_jax.train.start import start_or_resume
 
 AGE, LABEL = ColumnSpec(kind="number", unit="years"), LabelSpec(classes=("benign", "malignant"))
 CHEST = Schema(

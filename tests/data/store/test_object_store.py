@@ -18,7 +18,8 @@ from mmfm_jax.data.store.mix import open_data
 from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.errors import UserError
-from mmfm_jax.train.loop import start_or_resume, train
+from mmfm_jax.train.loop import train
+from mmfm_jax.train.start import start_or_resume
 
 
 @pytest.fixture(scope="module")

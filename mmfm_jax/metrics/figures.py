@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from mmfm_jax.evaluate.metrics import CALIBRATION_BINS, Confidence, Measure
+from mmfm_jax.metrics.statistics import CALIBRATION_BINS, Confidence, Measure
 from mmfm_jax.page import COLOURS, STYLE, empty_figure
 
 

@@ -1,0 +1,163 @@
+"""What the frozen model makes of a split: fused features and the predictions of its tasks."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Bool, Shaped
+
+from mmfm_jax.data.batch import PAD, Batch, ImagePart, InputSpec, LabelPart, TablePart, TextPart
+from mmfm_jax.data.feed.example import digest
+from mmfm_jax.data.feed.tokenizer import Tokenizer
+from mmfm_jax.data.feed.transforms import prepare
+from mmfm_jax.metrics.held_out import Split, View, Words, views_of
+from mmfm_jax.tasks.base import Views
+from mmfm_jax.train.learner import Learner
+
+
+def probed_views(spec: InputSpec) -> tuple[View, ...]:
+    """The whole view and that without each modality; where a label was read out of texts, those blind to texts too."""
+    views = views_of(spec.modalities)
+    if spec.label_texts and set(spec.modalities) > {"text"}:
+        views += views_of(spec.modalities, frozenset({"text"}))
+    return tuple(dict.fromkeys(views))
+
+
+def extractor(learner: Learner, spec: InputSpec) -> Callable[[Batch], dict]:
+    """The function from a host batch to `fused` and `predicted` of its studies (see Split), on all local devices.
+
+    The number of studies of a batch must be a multiple of the number of local devices.
+    """
+    mesh = Mesh(np.array(jax.local_devices()), ("data",))
+    graph, state = nnx.split(learner)
+    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    views = probed_views(spec)
+
+    @jax.jit
+    def extract(state: nnx.State, batch: Batch) -> tuple[list, dict]:
+        learner = nnx.merge(graph, state)
+        seen = Views(learner.model, prepare(batch, spec, None, None))
+        fused = [seen.fused(view).astype(jnp.float32).mean(axis=1) for view in views]
+        return fused, {name: task.predict(seen) for name, task in learner.tasks.items()}
+
+    def run(batch: Batch) -> dict:
+        fused, predicted = jax.device_get(extract(state, jax.device_put(batch, by_study)))
+        return {"fused": dict(zip(views, fused)), "predicted": predicted}
+
+    by_study = NamedSharding(mesh, PartitionSpec("data"))
+    return run
+
+
+def collect(extract: Callable[[Batch], dict], batches: Iterable[Batch], patients: Callable) -> Split:
+    """Runs `extract` over a split and joins its batches; `patients(rows)` gives the patient of each row."""
+    parts, rows, labels, contents = [], [], [], []
+    for batch in batches:
+        real = np.asarray(batch.study) >= 0  # the last batch is padded
+        found = extract(batch)
+        own = {view: x[real] for view, x in found["fused"].items()}
+        parts.append((own, jax.tree.map(operator.itemgetter(real), found["predicted"])))
+        rows.append(batch.study[real])
+        labels.append({k: np.where(part.present, part.value, -1)[real] for k, part in batch.labels.items()})
+        contents.append({k: _digests(part, real) for k, part in _modalities(batch).items()})
+    return Split(
+        rows=np.concatenate(rows),
+        patients=np.asarray(patients(np.concatenate(rows))),
+        labels=_concatenate(labels),
+        fused={view: np.concatenate([own[view] for own, _ in parts]) for view in parts[0][0]},
+        predicted=_concatenate([predicted for _, predicted in parts]),
+        same={k: np.unique(v, return_inverse=True)[1] for k, v in _concatenate(contents).items()},
+    )
+
+
+def _concatenate(trees: list):
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *trees)
+
+
+def _modalities(batch: Batch) -> dict:
+    return {"image": (batch.images, batch.packed), "text": batch.texts, "table": batch.table}
+
+
+def _digests(part, real: Bool[np.ndarray, "batch"]) -> Shaped[np.ndarray, "study"]:
+    """A digest of each study's raw arrays of one modality: equal exactly when the model is given the same."""
+    texts = jax.tree.map(lambda x: x.tokens if isinstance(x, TextPart) else x, part, is_leaf=_is_text)
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(texts)]
+    return np.array(
+        [hashlib.sha256(b"".join(leaf[i].tobytes() for leaf in leaves)).hexdigest() for i in np.flatnonzero(real)]
+    )
+
+
+def _is_text(part) -> bool:
+    return isinstance(part, TextPart)
+
+
+# ---------------------------------------------------------------- texts alone
+
+
+def text_parts(spec: InputSpec, tokenizer: Tokenizer, words: Sequence[Words]) -> dict[str, TextPart]:
+    """The text fields of studies that hold these words."""
+    parts = {}
+    for field, length in spec.texts.items():
+        tokens, digests = np.full((len(words), length), PAD, np.int32), np.zeros((len(words), 2), np.uint32)
+        for i, of_study in enumerate(words):
+            if field in of_study:
+                tokens[i], digests[i] = tokenizer.encode(of_study[field], length), digest(of_study[field])
+        parts[field] = TextPart(tokens, (tokens != PAD).any(axis=1), digests)
+    return parts
+
+
+class OfTexts:
+    """What a task predicts of studies that hold nothing but texts."""
+
+    def __init__(self, learner: Learner, spec: InputSpec, tokenizer: Tokenizer, batch: int):
+        """`batch`: studies at a time."""
+        self._spec, self._tokenizer, self._batch = spec, tokenizer, batch
+        self._graph, self._state = nnx.split(learner)
+        self._compiled: dict[tuple[str, tuple[str, ...]], Callable] = {}
+
+    def tokens(self, words: Sequence[Words]) -> Shaped[np.ndarray, "study token"]:
+        parts = text_parts(self._spec, self._tokenizer, words)
+        return np.concatenate([part.tokens for part in parts.values()], axis=1)
+
+    def __call__(self, task: str, words: Sequence[Words], names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """The predictions of these names, of studies with these words."""
+        predict = self._compiled.setdefault((task, names), self._predict(task, names))
+        parts = []
+        for start in range(0, len(words), self._batch):
+            chunk = list(words[start : start + self._batch])
+            texts = text_parts(self._spec, self._tokenizer, chunk + [{}] * (self._batch - len(chunk)))  # one shape
+            found = jax.device_get(predict(self._state, texts))
+            parts.append({name: np.asarray(x, np.float32)[: len(chunk)] for name, x in found.items()})
+        return _concatenate(parts)
+
+    def _predict(self, task: str, names: tuple[str, ...]) -> Callable:
+        @jax.jit
+        def predict(state: nnx.State, texts: dict[str, TextPart]) -> dict:
+            learner = nnx.merge(self._graph, state)
+            batch = prepare(_only_texts(self._spec, texts), self._spec, None, None)
+            found = learner.tasks[task].predict(Views(learner.model, batch))
+            return {name: found[name] for name in names}
+
+        return predict
+
+
+def _only_texts(spec: InputSpec, texts: dict[str, TextPart]) -> Batch:
+    """Traced inside jit, where what is absent and not asked for costs nothing."""
+    n = len(next(iter(texts.values())).present)
+    absent = jnp.zeros(n, bool)
+    images = {
+        role: ImagePart(jnp.zeros((n, *image.size, image.channels)), jnp.ones((n, 3)), absent)
+        for role, image in spec.images.items()
+    }
+    numbers, categories = (n, len(spec.numbers)), (n, len(spec.categories))
+    table = TablePart(
+        jnp.zeros(numbers), jnp.zeros(numbers, bool), jnp.zeros(categories, jnp.int32), jnp.zeros(categories, bool)
+    )
+    labels = {label: LabelPart(jnp.zeros(n, jnp.int32), absent) for label in spec.labels}
+    return Batch(jnp.full(n, -1, jnp.int32), images, texts, table, labels)

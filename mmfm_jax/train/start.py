@@ -1,0 +1,61 @@
+"""How a run starts in an empty folder, or goes on in its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmfm_jax.data.batch import InputSpec
+from mmfm_jax.data.feed.spec import make_spec
+from mmfm_jax.data.feed.tokenizer import Tokenizer
+from mmfm_jax.data.store.mix import StoreMix
+from mmfm_jax.data.store.study_store import StudyStore
+from mmfm_jax.errors import UserError
+from mmfm_jax.experiment import Experiment
+from mmfm_jax.parallel.processes import meet
+from mmfm_jax.train import folder
+from mmfm_jax.train.state import learner_shapes
+
+
+def start_or_resume(
+    experiment: Experiment, store: StudyStore | StoreMix, run: Path, writes: bool
+) -> tuple[InputSpec, Tokenizer]:
+    """The specification and tokenizer of a run: those in its folder, or new ones written there by the first process."""
+    for split in ("train", "validation"):
+        store.rows(split)
+    if folder.exists(run):
+        held, spec, tokenizer = folder.read(run)
+        folder.check_same(run, held, experiment)
+        now = make_spec(
+            experiment.inputs, store.schema, store.stats, tokenizer, store.windows(experiment.inputs.images)
+        )
+        if now != spec:
+            raise UserError(
+                f"{store.url}: is not the store that {run} was trained on (its shapes, vocabularies or "
+                "statistics differ); give that store, or another --run to start anew"
+            )
+    elif run.exists() and any(run.iterdir()) and not _only_leftovers(run):
+        raise UserError(f"{run}: holds files but no run; give another --run, or an empty folder")
+    else:
+        tokenizer = make_tokenizer(experiment, store)
+        spec = make_spec(
+            experiment.inputs, store.schema, store.stats, tokenizer, store.windows(experiment.inputs.images)
+        )
+        learner_shapes(experiment, spec)  # every task agrees with the inputs before anything is written
+    meet("run folder read")
+    if writes:
+        folder.write(run, experiment, spec, tokenizer)
+    meet("run folder written")
+    return spec, tokenizer
+
+
+def _only_leftovers(run: Path) -> bool:
+    """Whether a start that was cut off wrote all there is."""
+    ours = {folder.TOKENIZER, folder.INPUTS}
+    return all(path.name in ours or path.name.endswith(".partial") for path in run.iterdir())
+
+
+def make_tokenizer(experiment: Experiment, store: StudyStore | StoreMix) -> Tokenizer:
+    """The given tokenizer, or one trained on the texts of the store's training patients."""
+    if experiment.data.tokenizer:
+        return Tokenizer.load(experiment.data.tokenizer)
+    return Tokenizer.train(store.texts(store.rows("train")), experiment.data.vocabulary_size)
