@@ -73,9 +73,8 @@ def test_the_attention_policy_keeps_the_output_of_each_attention_and_full_keeps_
     entered, attended = (DEPTH, 2, 16, 32), (DEPTH, 2, 16, 2, 16)
     assert kept("full") == [entered]
     found = kept("attention")
-    statistics = [
-        shape for shape in found if np.prod(shape) <= DEPTH * 2 * 16 * 2
-    ]  # a number a token and head
+    numbers = DEPTH * 2 * 16 * 2  # one a token and head
+    statistics = [shape for shape in found if np.prod(shape) <= numbers]
     assert len(statistics) == 7  # of norms: three of the block, and two of queries and two of keys
     rest = sorted(shape for shape in found if shape not in statistics)
     assert rest == sorted([entered, attended, attended])  # of itself, and of the memory
