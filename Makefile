@@ -11,10 +11,12 @@ RUN := runs/demo
 # torch comes from PyPI with several GB of CUDA on Linux unless pip is shown a CPU build (PIP_FLAGS); leave `reference`
 # out to do without: make test TEST_EXTRAS=samples,test,ingest,quantised,tpu
 TEST_EXTRAS ?= samples,test,ingest,presidio,quantised,reference,tpu
-# A worker that crashes is not replaced: pytest-xdist 3.8 then waits for ever (its issues 1323, 1327 and 1378).
-PYTEST_FLAGS ?= -n 2 --dist loadfile --max-worker-restart 0
+# Files are handed out in their order, the longest first (tests/conftest.py). A worker that crashes is not replaced:
+# pytest-xdist 3.8 then waits for ever (its issues 1323, 1327 and 1378).
+PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 # For the scripts of benchmarks/, as `mmfm` does for itself: a step's scratch memory comes in huge pages.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+test test-newest axes: export GLIBC_TUNABLES := glibc.malloc.hugetlb=0 # they take more memory than small programs need
 
 .DEFAULT_GOAL := help
 .PHONY: help rows demo test lint test-newest axes launch-slurm ingest-ray seeds curve precision scan feed films memory bench clean

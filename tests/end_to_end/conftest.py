@@ -1,4 +1,4 @@
-"""Starts `mmfm` as a user does, in processes of its own that share one cache of compiled programs."""
+"""Starts `mmfm` as a user does, in processes of its own with the cache of compiled programs of all tests."""
 
 import copy
 import json
@@ -21,13 +21,9 @@ TINY = {
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory) -> dict[str, str]:
-    cache = tmp_path_factory.mktemp("compiled")
+def environment() -> dict[str, str]:
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
