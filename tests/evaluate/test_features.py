@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from mmfm_jax.evaluate.features import average_readings, collect, embed_prompts, extractor, views_of
 
 from mmfm_jax.data.batch import Batch, ImagePart, ImageShape, InputSpec, LabelPart, NumberStats, TablePart, TextPart
 from mmfm_jax.data.feed.tokenizer import Tokenizer
+from mmfm_jax.evaluate.features import average_readings, collect, embed_prompts, extractor, views_of
 from mmfm_jax.experiment import validate
 from mmfm_jax.train.learner import Learner
 

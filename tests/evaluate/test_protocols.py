@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from mmfm_jax.evaluate.features import Embedding, Features
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from mmfm_jax.data.study import ColumnSpec, Schema
 from mmfm_jax.evaluate import protocols
+from mmfm_jax.evaluate.features import Embedding, Features
 
 BOOTSTRAP = protocols.Bootstrap(resamples=100, seed=0)
 

@@ -8,10 +8,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from mmfm_jax.evaluate.protocols import Predictions
 
 from mmfm_jax.data.inspect.slices import Slice, scale_bar_mm, scaled_slice
 from mmfm_jax.evaluate import report
+from mmfm_jax.evaluate.protocols import Predictions
 from mmfm_jax.metrics.statistics import Measure
 
 PATIENTS = np.array([f"secrethash{i}" for i in range(40)])
