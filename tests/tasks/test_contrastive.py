@@ -1,14 +1,21 @@
 """The contrastive losses against those of torch, and the hash by which equal texts are found."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmfm_jax.data.batch import Batch, TablePart, TextPart
+from mmfm_jax.data.feed.transforms import prepare
 from mmfm_jax.losses.pairs import contrast
-from mmfm_jax.tasks.contrastive import text_hashes
+from mmfm_jax.model.multimodal import MultimodalModel
+from mmfm_jax.tasks.base import Views
+from mmfm_jax.tasks.contrastive import Contrastive, ContrastiveConfig, text_hashes
 
 
 def test_both_losses_equal_those_of_torch():
@@ -44,3 +51,39 @@ def test_two_texts_have_equal_hashes_exactly_if_they_are_equal_whole_or_in_what_
     for way, of in enumerate((digests, fields)):
         rows, found = np.concatenate(list(of.values()), axis=1), hashes[:, way]
         np.testing.assert_array_equal((found[:, None] == found[None]).all(-1), (rows[:, None] == rows[None]).all(-1))
+
+
+def test_studies_of_one_report_are_no_negatives_whatever_sentences_are_shown(material):
+    """Two studies share a report of which different sentences are shown."""
+    batch = prepare(material.batch, material.spec, None, None)
+    text = batch.texts["report"]
+    first, second = np.flatnonzero(np.asarray(text.present & batch.images["ct"].present))[:2]
+    digest = np.array(text.digest)
+    digest[second] = digest[first]
+    assert (np.asarray(text.tokens)[first] != np.asarray(text.tokens)[second]).any()
+    batch = dataclasses.replace(batch, texts={"report": dataclasses.replace(text, digest=jnp.asarray(digest))})
+    model = MultimodalModel(material.experiment.model, material.spec, nnx.Rngs(params=0))
+
+    def loss(masked: bool, sides) -> float:
+        config = ContrastiveConfig(width=8, mask_duplicates=masked)
+        task = Contrastive("image_text", config, material.experiment.model, material.spec, nnx.Rngs(params=1))
+        task.embed = lambda views, side: sides[side]
+        return float(task.loss(Views(model, batch), jax.random.split(jax.random.key(0), 16)).parts["loss"].value)
+
+    rng = np.random.default_rng(0)
+    image, other = rng.normal(size=(2, 16, 8)).astype(np.float32)
+    here = np.asarray(text.present & batch.images["ct"].present)
+    nearer = other.copy()
+    nearer[second] = image[first]
+    sides = {"image": (jnp.asarray(image), here), "text": (jnp.asarray(other), here)}
+    moved = sides | {"text": (jnp.asarray(nearer), here)}
+    tokens = np.asarray(text.tokens)
+    alike = (digest[:, None] == digest[None]).all(-1) | (tokens[:, None] == tokens[None]).all(-1)
+    for masked in (True, False):
+        expected = []
+        for texts in (other, nearer):
+            logits = 10 * image @ texts.T - 10
+            sign = 2 * np.eye(16) - 1
+            kept = here[:, None] & here[None] & (np.eye(16, dtype=bool) | ~(alike & masked))
+            expected.append(np.logaddexp(0, -sign * logits)[kept].sum() / here.sum())
+        np.testing.assert_allclose([loss(masked, sides), loss(masked, moved)], expected, rtol=1e-4)
