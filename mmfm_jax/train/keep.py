@@ -20,7 +20,8 @@ def best(measured: Mapping[int, Metrics], config: CheckpointConfig) -> int | Non
 
     `measured`: finite metrics by step.
     """
-    values = {step: metrics[config.best] for step, metrics in measured.items() if config.best in metrics}
+    name = config.best or ""
+    values = {step: metrics[name] for step, metrics in measured.items() if name in metrics}
     sign = 1 if config.higher_is_better else -1
     return max(values, key=lambda step: (sign * values[step], step), default=None)
 
