@@ -87,7 +87,9 @@ def measure(samples: Samples, workers: int, threads: int, batches: int, turns: i
 
 
 def children_of_this() -> list[int]:
-    return [int(child) for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()]
+    return [
+        int(child) for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()
+    ]
 
 
 def main() -> None:
@@ -103,7 +105,9 @@ def main() -> None:
         store = StudyStore.open(folder + "/store", cache_bytes=args.cache_bytes)
         inputs, tokenizer = Inputs.model_validate(INPUTS), Tokenizer.train(store.texts(range(2000)), 4096)
         samples = Samples(store, inputs, make_spec(inputs, store.schema, store.stats, tokenizer), tokenizer)
-        table = Table("workers", "core-ms a film", "of this process", "films/s", title=f"{SIDE} x {SIDE}, {WORDS} words")
+        table = Table(
+            "workers", "core-ms a film", "of this process", "films/s", title=f"{SIDE} x {SIDE}, {WORDS} words"
+        )
         for workers in args.workers:
             cost, here, rate = measure(samples, workers, args.threads, max(1, args.films // BATCH), args.turns)
             table.add_row(str(workers), f"{cost:.3f}", f"{here:.3f}", f"{rate:,.0f}")

@@ -70,7 +70,7 @@ def train(
     with clock("store"):
         store = open_data(experiment.data)
         spec, tokenizer = start_or_resume(experiment, store, run, speaks)
-        samples = Samples(store, experiment.inputs, spec, tokenizer)
+        samples = Samples(store, experiment.inputs, spec, tokenizer, experiment.data.max_damaged)
     optimizer = make_optimizer(experiment.optimizer, config.steps)
     graph, _ = learner_shapes(experiment, spec)
     shapes = jax.eval_shape(lambda: initial_state(experiment, spec, optimizer))

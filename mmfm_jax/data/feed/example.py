@@ -13,6 +13,7 @@ import numpy as np
 
 from mmfm_jax.config.inputs import ImageInput, Inputs, TextInput
 from mmfm_jax.data.feed import packing, resample
+from mmfm_jax.data.feed.damage import Damage
 from mmfm_jax.data.feed.foreground import centre, check
 from mmfm_jax.data.feed.tokenizer import Tokenizer
 from mmfm_jax.data.parts import (
@@ -29,7 +30,7 @@ from mmfm_jax.data.parts import (
     map_arrays,
 )
 from mmfm_jax.data.store.mix import StoreMix
-from mmfm_jax.data.store.study_store import StudyStore
+from mmfm_jax.data.store.study_store import DamagedImage, StudyStore, Wanted
 
 ABSENT = -1  # in the place of a study's row
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -84,8 +85,20 @@ class Begun:
 class Samples:
     """Studies of a store: cropped, tokenized and indexed, values still raw. Pickles as what it is made of."""
 
-    def __init__(self, store: StudyStore | StoreMix, inputs: Inputs, spec: InputSpec, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        store: StudyStore | StoreMix,
+        inputs: Inputs,
+        spec: InputSpec,
+        tokenizer: Tokenizer,
+        max_damaged: int = 0,
+    ):
+        """`max_damaged`: images that may turn out to be damaged and count as absent; the next is a UserError."""
         self.store, self.inputs, self.spec, self.tokenizer = store, inputs, spec, tokenizer
+        self.damage = Damage(max_damaged)
+        self._wanted = Wanted(
+            frozenset(spec.texts), frozenset([*spec.numbers, *spec.categories]), frozenset(spec.labels)
+        )
         for role in spec.images:
             for image in store.image_inputs(role, inputs.images[role]):
                 if image.foreground:
@@ -107,7 +120,7 @@ class Samples:
     def draw(self, row: int, rng: np.random.Generator | None) -> Drawn:
         """The study at `row` but for its voxels: where they will be read is drawn, and they are not read yet."""
         row = int(row)
-        texts, values, labels = self.store.table(row)
+        texts, values, labels = self.store.table(row, self._wanted)
         drawn = {
             field: held[0] if rng is None else _drawn(held, self.inputs.texts[field], rng)
             for field in self.spec.texts
@@ -118,7 +131,7 @@ class Samples:
 
     def readings(self, row: int) -> list[dict[str, str]]:
         """The words of the study at `row`, by field: first the first text of each field, then the second, and so on."""
-        texts = self.store.table(int(row))[0]
+        texts = self.store.table(int(row), self._wanted)[0]
         held = {field: texts.get(field, ()) for field in self.spec.texts}
         most = max(map(len, held.values()), default=0)
         return [{field: of[i] for field, of in held.items() if i < len(of)} for i in range(most)]
@@ -230,7 +243,11 @@ class Samples:
         start = [(h - s) // 2 for h, s in zip(held, size)]  # negative where the crop is larger: padded on both sides
         image = self._input(role, row)
         if rng is not None and image.crop == "random":
-            on = image.foreground and centre(image.foreground, self.store, role, row, rng)
+            try:
+                on = image.foreground and centre(image.foreground, self.store, role, row, rng)
+            except DamagedImage as error:
+                self.damage.leave_out(role, row, error)
+                return None
             for axis, (h, s) in enumerate(zip(held, size)):
                 if h > s:
                     start[axis] = int(rng.integers(h - s + 1) if on is None else np.clip(on[axis] - s // 2, 0, h - s))
@@ -256,11 +273,36 @@ class Samples:
             rows = [drawn[at - first].row for at in places]
             box = drawn[places[0] - first].boxes[role]
             wait = self.store.begin_crops(voxels, places, role, rows, box.start) if box.size == room else None
+            each = [(at, row, drawn[at - first].boxes[role]) for at, row in zip(places, rows)]
             if wait:
-                yield wait
+                yield functools.partial(self._wait_together, wait, role, each, part)
             else:
-                for at, row in zip(places, rows):
-                    yield self._begin_image(role, row, drawn[at - first].boxes[role], voxels[at])
+                for one in each:
+                    yield self._begin_spared(role, *one, part)
+
+    def _wait_together(
+        self, wait: Callable[[], None], role: str, each: Sequence[tuple[int, int, Box]], part: ImagePart
+    ) -> None:
+        """Waits for one read of several images; where that fails, each is read by itself."""
+        try:
+            wait()
+        except DamagedImage:
+            for one in each:
+                self._begin_spared(role, *one, part)()
+
+    def _begin_spared(self, role: str, at: int, row: int, box: Box, part: ImagePart) -> Callable[[], None]:
+        """Begins to read an image into place `at`; one that is damaged counts as absent, as far as that is allowed."""
+
+        def spared(step: Callable[[], Callable[[], None] | None]) -> Callable[[], None] | None:
+            try:
+                return step()
+            except DamagedImage as error:
+                self.damage.leave_out(role, row, error)
+                part.voxels[at], part.spacing_mm[at], part.present[at] = 0, 0, False
+                return None
+
+        wait = spared(lambda: self._begin_image(role, row, box, np.asarray(part.voxels)[at]))
+        return functools.partial(spared, wait) if wait else _nothing
 
     def _begin_image(self, role: str, row: int, box: Box, out: np.ndarray) -> Callable[[], None]:
         """Begins to read the voxels of a box into `out`; returns what waits for them."""
@@ -273,14 +315,26 @@ class Samples:
     def _begin_patches(self, role: str, study: Drawn) -> Callable[[], PackedPart]:
         """Begins to read an image; what is returned gives the grid of as many patches as it fills."""
         config, box = self.inputs.images[role].pack, study.boxes.get(role)
+
+        def nothing() -> PackedPart:
+            return packing.nothing(self.spec.images[role], self._dtype(role))
+
         if box is None or config is None:
-            return lambda: packing.nothing(self.spec.images[role], self._dtype(role))
+            return nothing
         shape = self._shape(role, study.row)
         voxels = np.empty((*box.size, shape.channels), self._dtype(role))
-        wait = self.store.begin_crop(voxels, role, study.row, box.start, fill=self._fill(role, study.row))
+        try:
+            wait = self.store.begin_crop(voxels, role, study.row, box.start, fill=self._fill(role, study.row))
+        except DamagedImage as error:
+            self.damage.leave_out(role, study.row, error)
+            return nothing
 
         def patches() -> PackedPart:
-            wait()
+            try:
+                wait()
+            except DamagedImage as error:
+                self.damage.leave_out(role, study.row, error)
+                return nothing()
             return packing.cut(voxels, box.spacing_mm, shape, config.trim)
 
         return patches
@@ -305,6 +359,10 @@ class Samples:
         part.number_present[...] = [[v is not None for v in row] for row in numbers]
         part.categories[...] = [[c or 0 for c in row] for row in codes]
         part.category_present[...] = [[c is not None for c in row] for row in codes]
+
+
+def _nothing() -> None:
+    """Of what there is no need to wait for."""
 
 
 @functools.cache

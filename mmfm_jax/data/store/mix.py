@@ -18,7 +18,7 @@ import tensorstore as ts
 from mmfm_jax.config.data import DataConfig, MixedStore, changed_image
 from mmfm_jax.config.inputs import ImageInput
 from mmfm_jax.data.store.stats import CategoryColumn, ImageRole, MaskVoxels, NumberColumn, Stats, TextField
-from mmfm_jax.data.store.study_store import Extent, StudyStore, TableRow
+from mmfm_jax.data.store.study_store import Extent, StudyStore, TableRow, Wanted
 from mmfm_jax.data.study import ColumnSpec, ImageSpec, LabelSpec, MaskSpec, Schema
 from mmfm_jax.errors import UserError
 
@@ -98,9 +98,9 @@ class StoreMix:
 
     # ------------------------------------------------------------ what a study holds: see StudyStore
 
-    def table(self, row: int) -> TableRow:
+    def table(self, row: int, wanted: Wanted | None = None) -> TableRow:
         store, own = self._own(row)
-        return store.table(own)
+        return store.table(own, wanted)
 
     def texts(self, rows: Iterable[int]) -> Iterator[str]:
         for row in rows:

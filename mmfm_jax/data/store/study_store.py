@@ -39,6 +39,15 @@ from mmfm_jax.errors import UserError
 
 _INDEX_READERS = 16
 _OPEN_VOLUMES = 4096
+_PASSING = (
+    "ABORTED",
+    "CANCELLED",
+    "DEADLINE_EXCEEDED",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "UNAUTHENTICATED",
+    "UNAVAILABLE",
+)  # as TensorStore begins the errors of a server, or of its key, and not of a file
 
 Extent = tuple[int, int, int]
 TableRow = tuple[dict[str, tuple[str, ...]], dict[str, float | str], dict[str, int]]
@@ -52,6 +61,10 @@ class Wanted:
     texts: frozenset[str] = frozenset()
     columns: frozenset[str] = frozenset()
     labels: frozenset[str] = frozenset()
+
+
+class DamagedImage(UserError):
+    """A file of a study's image or mask is missing, cut short or corrupt; to try again would not help."""
 
 
 class StudyStore:
@@ -170,7 +183,9 @@ class StudyStore:
             return codes
 
         with ThreadPoolExecutor(_INDEX_READERS) as pool:
-            return np.concatenate(list(pool.map(read, range(self._parts))))
+            codes = np.concatenate(list(pool.map(read, range(self._parts))))
+        pa.default_memory_pool().release_unused()  # which Arrow would keep for next time: there is none
+        return codes
 
     @property
     def _parts(self) -> int:
@@ -332,7 +347,9 @@ class StudyStore:
             raise self._bad_chunk(path, row, error) from error
 
     def _bad_chunk(self, path: str, row: int, error: ValueError) -> UserError:
-        return UserError(
+        if str(error).startswith(_PASSING):
+            return UserError(f"{self.url}/{path}: a chunk of study {row} cannot be read now; {_first_sentence(error)}")
+        return DamagedImage(
             f"{self.url}/{path}: a chunk of study {row} is missing, cut short or corrupt; copy the store again or "
             f"build it again ({_first_sentence(error)})"
         )
