@@ -17,8 +17,8 @@ from mmfm_jax.config.evaluation import EvaluateConfig
 from mmfm_jax.data.batch import InputSpec
 from mmfm_jax.data.feed.example import Samples
 from mmfm_jax.data.feed.pipeline import evaluation_batches
-from mmfm_jax.data.store.mix import StoreMix, open_data
-from mmfm_jax.data.store.study_store import StudyStore
+from mmfm_jax.data.store.mix import open_data
+from mmfm_jax.data.store.studies import Studies
 from mmfm_jax.errors import UserError
 from mmfm_jax.evaluate.features import Features, average_readings, collect, embed_prompts, extractor
 from mmfm_jax.evaluate.metrics import Measure
@@ -82,7 +82,7 @@ def evaluate(run: str | Path, console: Console | None = None) -> Evaluation:
     return result
 
 
-def measure_run(trained: TrainedRun, store: StudyStore | StoreMix, samples: Samples, console: Console) -> Evaluation:
+def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: Console) -> Evaluation:
     """Every protocol the run's tasks and configuration allow."""
     experiment, spec = trained.experiment, trained.spec
     config, bootstrap = experiment.evaluate, Bootstrap(experiment.evaluate.bootstrap, experiment.seed)
@@ -153,7 +153,7 @@ def embed_questions(trained: TrainedRun) -> dict[str, np.ndarray]:
     return found
 
 
-def check(config: EvaluateConfig, spec: InputSpec, store: StudyStore | StoreMix, learner: Learner) -> None:
+def check(config: EvaluateConfig, spec: InputSpec, store: Studies, learner: Learner) -> None:
     """Refuses an evaluation that asks for what the run or its store lacks, before anything is computed."""
     for name, columns in config.baselines.items():
         if name == WHOLE_TABLE:

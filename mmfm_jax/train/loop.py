@@ -24,8 +24,8 @@ from mmfm_jax.data.feed.order import training_rows
 from mmfm_jax.data.feed.pipeline import evaluation_batches, local_batches
 from mmfm_jax.data.feed.spec import make_spec
 from mmfm_jax.data.feed.tokenizer import Tokenizer
-from mmfm_jax.data.store.mix import StoreMix, open_data
-from mmfm_jax.data.store.study_store import StudyStore
+from mmfm_jax.data.store.mix import open_data
+from mmfm_jax.data.store.studies import Studies
 from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel import sharding
@@ -179,9 +179,7 @@ def warn(line: str) -> None:
     print(f"mmfm: {line}", file=sys.stderr, flush=True)
 
 
-def start_or_resume(
-    experiment: Experiment, store: StudyStore | StoreMix, run: Path, writes: bool
-) -> tuple[InputSpec, Tokenizer]:
+def start_or_resume(experiment: Experiment, store: Studies, run: Path, writes: bool) -> tuple[InputSpec, Tokenizer]:
     """The specification and tokenizer of a run: those in its folder, or new ones written there by the first process."""
     for split in ("train", "validation"):
         store.rows(split)
@@ -217,7 +215,7 @@ def _only_leftovers(run: Path) -> bool:
     return all(path.name in ours or path.name.endswith(".partial") for path in run.iterdir())
 
 
-def make_tokenizer(experiment: Experiment, store: StudyStore | StoreMix) -> Tokenizer:
+def make_tokenizer(experiment: Experiment, store: Studies) -> Tokenizer:
     """The given tokenizer, or one trained on the texts of the store's training patients."""
     if experiment.data.tokenizer:
         return Tokenizer.load(experiment.data.tokenizer)

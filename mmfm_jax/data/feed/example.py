@@ -29,8 +29,8 @@ from mmfm_jax.data.parts import (
     TextPart,
     map_arrays,
 )
-from mmfm_jax.data.store.mix import StoreMix
-from mmfm_jax.data.store.study_store import DamagedImage, StudyStore, Wanted
+from mmfm_jax.data.store.studies import Studies
+from mmfm_jax.data.store.study_store import DamagedImage, Wanted
 
 ABSENT = -1  # in the place of a study's row
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -87,7 +87,7 @@ class Samples:
 
     def __init__(
         self,
-        store: StudyStore | StoreMix,
+        store: Studies,
         inputs: Inputs,
         spec: InputSpec,
         tokenizer: Tokenizer,
@@ -184,7 +184,7 @@ class Samples:
                 role: packing.room(studies, pack, spec.images[role].voxels_of_patch, self._dtype(role), allocate)
                 for role, pack in packed.items()
             },
-            source=some(dtype=np.int32) if isinstance(self.store, StoreMix) else None,
+            source=some(dtype=np.int32) if self.store.mixed else None,
         )
 
     def begin(self, drawn: Sequence[Drawn], room: Batch, first: int) -> Begun:
@@ -217,15 +217,15 @@ class Samples:
         return {role: PackedShape(studies=1, tokens=math.prod(self.spec.images[role].grid)) for role in self.packed}
 
     def _source(self, row: int) -> int | None:
-        return self.store.source(row) if isinstance(self.store, StoreMix) and row != ABSENT else None
+        return self.store.source(row) if self.store.mixed and row != ABSENT else None
 
     def _shape(self, role: str, row: int) -> ImageShape:
         shape = self.spec.images[role]
-        return shape.of_source(self.store.source(row)) if isinstance(self.store, StoreMix) else shape
+        return shape.of_source(self.store.source(row)) if self.store.mixed else shape
 
     def _input(self, role: str, row: int) -> ImageInput:
         image = self.inputs.images[role]
-        return self.store.image_input(role, image, row) if isinstance(self.store, StoreMix) else image
+        return self.store.image_input(role, image, row)
 
     def _dtype(self, role: str) -> str:
         return self.store.schema.images[role].dtype
