@@ -293,16 +293,22 @@ class Samples:
     def _begin_spared(self, role: str, at: int, row: int, box: Box, part: ImagePart) -> Callable[[], None]:
         """Begins to read an image into place `at`; one that is damaged counts as absent, as far as that is allowed."""
 
-        def spared(step: Callable[[], Callable[[], None] | None]) -> Callable[[], None] | None:
-            try:
-                return step()
-            except DamagedImage as error:
-                self.damage.leave_out(role, row, error)
-                part.voxels[at], part.spacing_mm[at], part.present[at] = 0, 0, False
-                return None
+        def leave_out(error: DamagedImage) -> None:
+            self.damage.leave_out(role, row, error)
+            part.voxels[at], part.spacing_mm[at], part.present[at] = 0, 0, False
 
-        wait = spared(lambda: self._begin_image(role, row, box, np.asarray(part.voxels)[at]))
-        return functools.partial(spared, wait) if wait else _nothing
+        def spared() -> None:
+            try:
+                wait()
+            except DamagedImage as error:
+                leave_out(error)
+
+        try:
+            wait = self._begin_image(role, row, box, np.asarray(part.voxels)[at])
+        except DamagedImage as error:
+            leave_out(error)
+            return _nothing
+        return spared
 
     def _begin_image(self, role: str, row: int, box: Box, out: np.ndarray) -> Callable[[], None]:
         """Begins to read the voxels of a box into `out`; returns what waits for them."""

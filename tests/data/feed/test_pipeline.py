@@ -168,8 +168,8 @@ def test_the_order_of_a_huge_split_is_never_in_memory():
 
         class store:
             @staticmethod
-            def rows(split):
-                return np.arange(10_000_000)
+            def sources(split):
+                return [(1.0, np.arange(10_000_000))]
 
         @staticmethod
         def draw(row, rng):
