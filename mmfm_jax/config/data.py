@@ -79,6 +79,9 @@ class DataConfig(Config):
     They change the speed, never the batches."""
     prefetch_batches: PositiveInt = 4
     """Batches held ready on the host."""
+    max_damaged: Count = 8
+    """Images that a process may find damaged before it stops: training goes on without such an image, the study's other
+    parts stay, and its row is told. 0 stops at the first. An evaluation always stops."""
     cache_bytes: Count = 128 * 2**20
     """Memory for chunks and shard indices that a process keeps, of all its stores together. Crops at random places of
     many volumes seldom meet a chunk again, so more of it helps where the volumes are few."""

@@ -118,6 +118,8 @@ def check_study(study: Study, schema: Schema, row: int) -> None:
             raise UserError(f"study {row}: image {role} has shape {voxels.shape} and the schema says {expected}")
         if voxels.dtype != np.dtype(spec.dtype):
             raise UserError(f"study {row}: image {role} is {voxels.dtype} and the schema says {spec.dtype}")
+        if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
+            raise UserError(f"study {row}: image {role} has voxels that are no finite numbers; leave the image out")
         if not all(np.isfinite(s) and s > 0 for s in image.spacing_mm):
             raise UserError(f"study {row}: image {role} has spacing {image.spacing_mm}; give positive millimetres")
     for name, mask in study.masks.items():

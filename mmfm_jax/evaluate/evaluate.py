@@ -17,8 +17,8 @@ from rich.table import Table as RichTable
 from mmfm_jax.config.evaluation import EvaluateConfig
 from mmfm_jax.data.feed.example import Samples
 from mmfm_jax.data.feed.pipeline import evaluation_batches
-from mmfm_jax.data.store.mix import StoreMix, open_data
-from mmfm_jax.data.store.study_store import StudyStore
+from mmfm_jax.data.store.mix import open_data
+from mmfm_jax.data.store.studies import Studies
 from mmfm_jax.errors import UserError
 from mmfm_jax.evaluate.pictures import middle_slice
 from mmfm_jax.evaluate.report import write_report
@@ -74,7 +74,7 @@ def evaluate(run: str | Path, console: Console | None = None) -> Evaluation:
     return result
 
 
-def measure_run(trained: TrainedRun, store: StudyStore | StoreMix, samples: Samples, console: Console) -> Evaluation:
+def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: Console) -> Evaluation:
     """What every task of the run says of its own, and probes of the labels where none of them learns any."""
     experiment, spec, learner = trained.experiment, trained.spec, trained.learner
     config = experiment.evaluate
@@ -164,7 +164,7 @@ def joined(found: list[tuple[str, Findings]]) -> Findings:
     )
 
 
-def check(config: EvaluateConfig, store: StudyStore | StoreMix) -> None:
+def check(config: EvaluateConfig, store: Studies) -> None:
     """Refuses an evaluation that asks for what the store lacks, before anything is computed."""
     for name, columns in config.baselines.items():
         if name == WHOLE_TABLE:

@@ -77,7 +77,7 @@ def train(
             lock = RunLock(run)
             stack.callback(lock.close)
             spec, tokenizer = start_or_resume(experiment, store, run, speaks, lock)
-            samples = Samples(store, experiment.inputs, spec, tokenizer, experiment.labels)
+            samples = Samples(store, experiment.inputs, spec, tokenizer, experiment.labels, experiment.data.max_damaged)
         stack.enter_context(jax.set_mesh(mesh))
         checkpoints = Checkpoints(run, experiment.checkpoint, constant_until(experiment.optimizer, steps))
         stack.callback(checkpoints.close)

@@ -7,8 +7,6 @@ from pathlib import Path
 from mmfm_jax.data.batch import InputSpec
 from mmfm_jax.data.feed.spec import make_spec
 from mmfm_jax.data.feed.tokenizer import Tokenizer
-from mmfm_jax.data.store.mix import StoreMix
-from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel.processes import meet
@@ -19,7 +17,7 @@ from mmfm_jax.train.state import learner_shapes
 
 
 def start_or_resume(
-    experiment: Experiment, store: StudyStore | StoreMix, run: Path, writes: bool, lock: RunLock | None = None
+    experiment: Experiment, store: Studies, run: Path, writes: bool, lock: RunLock | None = None
 ) -> tuple[InputSpec, Tokenizer]:
     """The specification and tokenizer of a run: those in its folder, or new ones written there by the first process.
 
@@ -67,7 +65,7 @@ def _only_leftovers(run: Path) -> bool:
     return all(path.name in ours or path.name.endswith(".partial") for path in run.iterdir())
 
 
-def make_tokenizer(experiment: Experiment, store: StudyStore | StoreMix) -> Tokenizer:
+def make_tokenizer(experiment: Experiment, store: Studies) -> Tokenizer:
     """The given tokenizer, or one trained on the texts of the store's training patients."""
     if experiment.data.tokenizer:
         return Tokenizer.load(experiment.data.tokenizer)

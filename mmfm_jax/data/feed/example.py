@@ -14,6 +14,7 @@ import numpy as np
 
 from mmfm_jax.config.inputs import ImageInput, Inputs
 from mmfm_jax.data.feed import packing, resample
+from mmfm_jax.data.feed.damage import Damage
 from mmfm_jax.data.feed.foreground import centre, check
 from mmfm_jax.data.feed.tokenizer import Tokenizer
 from mmfm_jax.data.parts import (
@@ -29,8 +30,8 @@ from mmfm_jax.data.parts import (
     TextPart,
     map_arrays,
 )
-from mmfm_jax.data.store.mix import StoreMix
-from mmfm_jax.data.store.study_store import StudyStore
+from mmfm_jax.data.store.studies import Studies
+from mmfm_jax.data.store.study_store import DamagedImage, Wanted
 
 ABSENT = -1  # in the place of a study's row
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -88,15 +89,21 @@ class Samples:
 
     def __init__(
         self,
-        store: StudyStore | StoreMix,
+        store: Studies,
         inputs: Inputs,
         spec: InputSpec,
         tokenizer: Tokenizer,
         labels: Sequence[str] | None = None,
+        max_damaged: int = 0,
     ):
-        """`labels`: those that are read; all of the store where None."""
+        """`labels`: those that are read; all of the store where None. `max_damaged`: images that may turn out to be
+        damaged and count as absent; the next is a UserError."""
         self.store, self.inputs, self.spec, self.tokenizer = store, inputs, spec, tokenizer
         self.labels = tuple(spec.labels) if labels is None else tuple(labels)
+        self.damage = Damage(max_damaged)
+        self._wanted = Wanted(
+            frozenset(spec.texts), frozenset([*spec.numbers, *spec.categories]), frozenset(self.labels)
+        )
         for role in spec.images:
             for image in store.image_inputs(role, inputs.images[role]):
                 if image.foreground:
@@ -118,7 +125,7 @@ class Samples:
     def draw(self, row: int, rng: np.random.Generator | None) -> Drawn:
         """The study at `row` but for its voxels: where they will be read is drawn, and they are not read yet."""
         row = int(row)
-        texts, values, labels = self.store.table(row)
+        texts, values, labels = self.store.table(row, self._wanted)
         drawn = {
             field: _drawn(held, self.inputs.texts[field].sentence_keep, rng)
             for field in self.spec.texts
@@ -129,7 +136,7 @@ class Samples:
 
     def readings(self, row: int) -> list[dict[str, str]]:
         """The words of the study at `row`, by field: first the first text of each field, then the second, and so on."""
-        texts = self.store.table(int(row))[0]
+        texts = self.store.table(int(row), self._wanted)[0]
         held = {field: texts.get(field, ()) for field in self.spec.texts}
         most = max(map(len, held.values()), default=0)
         return [{field: of[i] for field, of in held.items() if i < len(of)} for i in range(most)]
@@ -183,7 +190,7 @@ class Samples:
                 role: packing.room(studies, pack, spec.images[role].voxels_of_patch, self._dtype(role), allocate)
                 for role, pack in packed.items()
             },
-            source=some(dtype=np.int32) if isinstance(self.store, StoreMix) else None,
+            source=some(dtype=np.int32) if self.store.mixed else None,
         )
 
     def begin(self, drawn: Sequence[Drawn], room: Batch, first: int) -> Begun:
@@ -216,15 +223,15 @@ class Samples:
         return {role: PackedShape(studies=1, tokens=math.prod(self.spec.images[role].grid)) for role in self.packed}
 
     def _source(self, row: int) -> int | None:
-        return self.store.source(row) if isinstance(self.store, StoreMix) and row != ABSENT else None
+        return self.store.source(row) if self.store.mixed and row != ABSENT else None
 
     def _shape(self, role: str, row: int) -> ImageShape:
         shape = self.spec.images[role]
-        return shape.of_source(self.store.source(row)) if isinstance(self.store, StoreMix) else shape
+        return shape.of_source(self.store.source(row)) if self.store.mixed else shape
 
     def _input(self, role: str, row: int) -> ImageInput:
         image = self.inputs.images[role]
-        return self.store.image_input(role, image, row) if isinstance(self.store, StoreMix) else image
+        return self.store.image_input(role, image, row)
 
     def _dtype(self, role: str) -> str:
         return self.store.schema.images[role].dtype
@@ -242,7 +249,11 @@ class Samples:
         start = [(h - s) // 2 for h, s in zip(held, size)]  # negative where the crop is larger: padded on both sides
         image = self._input(role, row)
         if rng is not None and image.crop == "random":
-            on = image.foreground and centre(image.foreground, self.store, role, row, rng)
+            try:
+                on = image.foreground and centre(image.foreground, self.store, role, row, rng)
+            except DamagedImage as error:
+                self.damage.leave_out(role, row, error)
+                return None
             for axis, (h, s) in enumerate(zip(held, size)):
                 if h > s:
                     start[axis] = int(rng.integers(h - s + 1) if on is None else np.clip(on[axis] - s // 2, 0, h - s))
@@ -268,11 +279,42 @@ class Samples:
             rows = [drawn[at - first].row for at in places]
             box = drawn[places[0] - first].boxes[role]
             wait = self.store.begin_crops(voxels, places, role, rows, box.start) if box.size == room else None
+            each = [(at, row, drawn[at - first].boxes[role]) for at, row in zip(places, rows)]
             if wait:
-                yield wait
+                yield functools.partial(self._wait_together, wait, role, each, part)
             else:
-                for at, row in zip(places, rows):
-                    yield self._begin_image(role, row, drawn[at - first].boxes[role], voxels[at])
+                for one in each:
+                    yield self._begin_spared(role, *one, part)
+
+    def _wait_together(
+        self, wait: Callable[[], None], role: str, each: Sequence[tuple[int, int, Box]], part: ImagePart
+    ) -> None:
+        """Waits for one read of several images; where that fails, each is read by itself."""
+        try:
+            wait()
+        except DamagedImage:
+            for one in each:
+                self._begin_spared(role, *one, part)()
+
+    def _begin_spared(self, role: str, at: int, row: int, box: Box, part: ImagePart) -> Callable[[], None]:
+        """Begins to read an image into place `at`; one that is damaged counts as absent, as far as that is allowed."""
+
+        def leave_out(error: DamagedImage) -> None:
+            self.damage.leave_out(role, row, error)
+            part.voxels[at], part.spacing_mm[at], part.present[at] = 0, 0, False
+
+        def spared() -> None:
+            try:
+                wait()
+            except DamagedImage as error:
+                leave_out(error)
+
+        try:
+            wait = self._begin_image(role, row, box, np.asarray(part.voxels)[at])
+        except DamagedImage as error:
+            leave_out(error)
+            return _nothing
+        return spared
 
     def _begin_image(self, role: str, row: int, box: Box, out: np.ndarray) -> Callable[[], None]:
         """Begins to read the voxels of a box into `out`; returns what waits for them."""
@@ -285,14 +327,26 @@ class Samples:
     def _begin_patches(self, role: str, study: Drawn) -> Callable[[], PackedPart]:
         """Begins to read an image; what is returned gives the grid of as many patches as it fills."""
         config, box = self.inputs.images[role].pack, study.boxes.get(role)
+
+        def nothing() -> PackedPart:
+            return packing.nothing(self.spec.images[role], self._dtype(role))
+
         if box is None or config is None:
-            return lambda: packing.nothing(self.spec.images[role], self._dtype(role))
+            return nothing
         shape = self._shape(role, study.row)
         voxels = np.empty((*box.size, shape.channels), self._dtype(role))
-        wait = self.store.begin_crop(voxels, role, study.row, box.start, fill=self._fill(role, study.row))
+        try:
+            wait = self.store.begin_crop(voxels, role, study.row, box.start, fill=self._fill(role, study.row))
+        except DamagedImage as error:
+            self.damage.leave_out(role, study.row, error)
+            return nothing
 
         def patches() -> PackedPart:
-            wait()
+            try:
+                wait()
+            except DamagedImage as error:
+                self.damage.leave_out(role, study.row, error)
+                return nothing()
             return packing.cut(voxels, box.spacing_mm, shape, config.trim)
 
         return patches
@@ -319,6 +373,10 @@ class Samples:
         part.number_present[...] = [[v is not None for v in row] for row in numbers]
         part.categories[...] = [[c or 0 for c in row] for row in codes]
         part.category_present[...] = [[c is not None for c in row] for row in codes]
+
+
+def _nothing() -> None:
+    """Of what there is no need to wait for."""
 
 
 @functools.cache

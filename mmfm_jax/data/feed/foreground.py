@@ -10,14 +10,11 @@ from __future__ import annotations
 import numpy as np
 
 from mmfm_jax.config.inputs import Foreground
-from mmfm_jax.data.store.mix import StoreMix
-from mmfm_jax.data.store.study_store import StudyStore
+from mmfm_jax.data.store.studies import Studies
 from mmfm_jax.errors import UserError
 
 
-def centre(
-    config: Foreground, store: StudyStore | StoreMix, role: str, row: int, rng: np.random.Generator
-) -> np.ndarray | None:
+def centre(config: Foreground, store: Studies, role: str, row: int, rng: np.random.Generator) -> np.ndarray | None:
     """Voxel z y x on which the crop of an image is centred, or None: anywhere, as chance or the image will have it."""
     if rng.random() >= config.share:
         return None
@@ -32,7 +29,7 @@ def centre(
     return found[rng.integers(len(found))] if len(found) else None
 
 
-def check(config: Foreground, store: StudyStore | StoreMix, role: str) -> None:
+def check(config: Foreground, store: Studies, role: str) -> None:
     """Raises UserError when a store does not hold what the foreground is found by."""
     field = f"inputs.images.{role}.foreground"
     if config.mask is None:

@@ -12,7 +12,6 @@ import numpy as np
 
 from mmfm_jax.data.feed.example import Drawn, Samples
 from mmfm_jax.data.feed.reading import Studies, generators
-from mmfm_jax.data.store.mix import sources
 
 _FEW = 65_536  # studies of a split whose epochs are permuted in memory, 256 KiB each
 _LEAST_SHARE = 100  # of a store of a mix: weights are kept to a hundredth of the smallest
@@ -30,7 +29,7 @@ class TrainingOrder:
     def __init__(self, samples: Samples, split: str, seed: int):
         """Raises UserError when the split has no patients."""
         self.samples = samples
-        parts = sources(samples.store, split)
+        parts = samples.store.sources(split)
         # Hashed, because epoch e is shuffled with (order + e): neighbouring seeds would repeat each other's epochs.
         seeds = np.random.SeedSequence(seed).generate_state(2 * len(parts)).reshape(-1, 2).tolist()
         self._orders = [_shuffled(rows.astype(np.uint32), order) for (_, rows), (order, _) in zip(parts, seeds)]

@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
@@ -119,7 +118,7 @@ def _index() -> Path:
 def _counts(path: Path, column: str) -> Counter[str]:
     """How many series have each value of a column, as it is named here."""
     found = Counter()
-    for one in pc.value_counts(pq.read_table(path, columns=[column]).column(0)).to_pylist():
+    for one in pq.read_table(path, columns=[column]).column(0).value_counts().to_pylist():
         if (value := _named(column, one["values"])) is not None:
             found[value] += one["counts"]
     return found
@@ -170,7 +169,9 @@ def _studies(path: Path, schema: Schema, key: str) -> Iterator[Study]:
             for name, (column, vocabulary) in categories.items():
                 value = named(column, held[column][i])
                 row[name] = value if value in vocabulary else None
-            labels = {name: codes.get(named(column, held[column][i])) for name, (column, codes) in classes.items()}
+            labels = {
+                name: codes.get(named(column, held[column][i]) or "") for name, (column, codes) in classes.items()
+            }
             patient, split = who(held["PatientID"][i])
             yield Study(
                 patient,

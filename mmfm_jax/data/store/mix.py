@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from math import sqrt
 
 import numpy as np
 import pyarrow as pa
-import tensorstore as ts
 
 from mmfm_jax.config.data import DataConfig, MixedStore, changed_image
 from mmfm_jax.config.inputs import ImageInput
 from mmfm_jax.data.store.stats import CategoryColumn, ImageRole, MaskVoxels, NumberColumn, Stats, TextField
-from mmfm_jax.data.store.study_store import Extent, StudyStore, TableRow
+from mmfm_jax.data.store.studies import Studies
+from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.data.study import ColumnSpec, ImageSpec, LabelSpec, MaskSpec, Schema
 from mmfm_jax.errors import UserError
 
 
-def open_data(data: DataConfig) -> StudyStore | StoreMix:
+def open_data(data: DataConfig) -> Studies:
     """The store or the stores that a configuration names. Raises UserError when one cannot be read or they differ."""
     if not data.mix:
         return StudyStore.open(data.store, data.train_share, data.cache_bytes)
@@ -31,25 +31,26 @@ def open_data(data: DataConfig) -> StudyStore | StoreMix:
     return StoreMix(stores, data.mix)
 
 
-def sources(store: StudyStore | StoreMix, split: str) -> list[tuple[float, np.ndarray]]:
-    """Weight and rows of the split of each store that training draws from."""
-    return store.sources(split) if isinstance(store, StoreMix) else [(1.0, store.rows(split))]
+class StoreMix(Studies):
+    """Stores by name, read as one."""
 
-
-class StoreMix:
-    """Stores by name under the interface of one `StudyStore`."""
+    mixed = True
 
     def __init__(self, stores: Mapping[str, StudyStore], config: Mapping[str, MixedStore]):
         """Raises UserError when stores disagree about a part that they share, or a patient is in two splits."""
         self.names = tuple(sorted(stores))
         self.stores = [stores[name] for name in self.names]
         self.config = [config[name] for name in self.names]
-        self.schema = _joined_schema({name: store.schema for name, store in zip(self.names, self.stores)})
+        self._schema = _joined_schema({name: store.schema for name, store in zip(self.names, self.stores)})
         self._first = np.cumsum([0, *map(len, self.stores)])
         _check_splits(self.names, self.stores)
 
     def __len__(self) -> int:
         return int(self._first[-1])
+
+    @property
+    def schema(self) -> Schema:
+        return self._schema
 
     @property
     def url(self) -> str:
@@ -92,63 +93,14 @@ class StoreMix:
             out[of == number] = store.patients(rows[of == number] - self._first[number])
         return out.astype(str)
 
-    def _own(self, row: int) -> tuple[StudyStore, int]:
+    def locate(self, row: int) -> tuple[StudyStore, int]:
+        """The store of a study, and its row there."""
         number = self.source(row)
         return self.stores[number], int(row - self._first[number])
-
-    # ------------------------------------------------------------ what a study holds: see StudyStore
-
-    def table(self, row: int) -> TableRow:
-        store, own = self._own(row)
-        return store.table(own)
-
-    def texts(self, rows: Iterable[int]) -> Iterator[str]:
-        for row in rows:
-            store, own = self._own(row)
-            yield from store.texts([own])
-
-    def volume_info(self, role: str, row: int) -> tuple[Extent, tuple[float, float, float]] | None:
-        store, own = self._own(row)
-        return store.volume_info(role, own) if role in store.schema.images else None
-
-    def crop(self, role: str, row: int, start: Extent, size: Extent, fill: float = 0) -> np.ndarray:
-        store, own = self._own(row)
-        return store.crop(role, own, start, size, fill)
-
-    def begin_crop(self, out: np.ndarray, role: str, row: int, start: Extent, fill: float = 0) -> Callable[[], None]:
-        store, own = self._own(row)
-        return store.begin_crop(out, role, own, start, fill)
-
-    def begin_crops(
-        self, out: np.ndarray, places: Sequence[int], role: str, rows: Sequence[int], start: Extent
-    ) -> Callable[[], None] | None:
-        """The studies are of one store."""
-        number = self.source(rows[0])
-        return self.stores[number].begin_crops(out, places, role, [r - int(self._first[number]) for r in rows], start)
-
-    def inside(self, role: str, row: int, start: Extent, size: Extent) -> ts.TensorStore:
-        store, own = self._own(row)
-        return store.inside(role, own, start, size)
-
-    def foreground(self, role: str, row: int, above: float | None = None) -> np.ndarray:
-        store, own = self._own(row)
-        return store.foreground(role, own, above)
 
     def without_intensities(self, role: str) -> str | None:
         held = [store for store in self.stores if role in store.schema.images]
         return next((url for store in held if (url := store.without_intensities(role))), None)
-
-    def mask_voxels(self, name: str, row: int) -> np.ndarray | None:
-        store, own = self._own(row)
-        return store.mask_voxels(name, own) if name in store.schema.masks else None
-
-    def mask_positions(self, name: str, row: int, index: int) -> np.ndarray:
-        store, own = self._own(row)
-        return store.mask_positions(name, own, index) if name in store.schema.masks else np.zeros((0, 3), np.int32)
-
-    def mask_crop(self, name: str, row: int, start: Extent, size: Extent) -> np.ndarray:
-        store, own = self._own(row)
-        return store.mask_crop(name, own, start, size)
 
     # ------------------------------------------------------------ how the images of each store enter
 

@@ -6,7 +6,6 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -34,32 +33,37 @@ from mmfm_jax.data.store.masks import POSITIONS
 from mmfm_jax.data.store.record_files import StudyRecords
 from mmfm_jax.data.store.rows import StudyTables
 from mmfm_jax.data.store.stats import Stats
+from mmfm_jax.data.store.studies import Extent, Studies, TableRow, Wanted
 from mmfm_jax.data.study import ImageSpec, Schema
 from mmfm_jax.errors import UserError
 
 _INDEX_READERS = 16
 _OPEN_VOLUMES = 4096
+_PASSING = (
+    "ABORTED",
+    "CANCELLED",
+    "DEADLINE_EXCEEDED",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "UNAUTHENTICATED",
+    "UNAVAILABLE",
+)  # as TensorStore begins the errors of a server, or of its key, and not of a file
 
-Extent = tuple[int, int, int]
-TableRow = tuple[dict[str, tuple[str, ...]], dict[str, float | str], dict[str, int]]
 _Columns = tuple[tuple[str, ...], list[tuple[str, str]], list[tuple[str, str]], list[tuple[str, str, dict[str, int]]]]
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Names of the texts, columns and labels that are decoded of each study."""
-
-    texts: frozenset[str] = frozenset()
-    columns: frozenset[str] = frozenset()
-    labels: frozenset[str] = frozenset()
+class DamagedImage(UserError):
+    """A file of a study's image or mask is missing, cut short or corrupt; to try again would not help."""
 
 
-class StudyStore:
+class StudyStore(Studies):
     """Studies by row number. Safe to use from many threads; pickles as its URL.
 
     Memory: `cache_bytes` of chunks and shard indices a process, 68 MiB at most for where rows are and what they hold,
     one byte a study for the splits; none of it grows with the volumes.
     """
+
+    mixed = False
 
     def __init__(
         self,
@@ -71,7 +75,7 @@ class StudyStore:
         cache_bytes: int = CACHE_BYTES,
     ):
         self.cache_bytes = cache_bytes
-        self.url, self.file, self.stats, self.train_share = url, file, stats, train_share
+        self._url, self.file, self._stats, self.train_share = url, file, stats, train_share
         self._kvstore = kvstore
         self._array = functools.lru_cache(_OPEN_VOLUMES)(self._open_array)
         self._info = functools.lru_cache(_OPEN_VOLUMES)(self._read_info)
@@ -107,6 +111,14 @@ class StudyStore:
 
     def __len__(self) -> int:
         return self._studies
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    @property
+    def stats(self) -> Stats:
+        return self._stats
 
     @property
     def schema(self) -> Schema:
@@ -170,7 +182,9 @@ class StudyStore:
             return codes
 
         with ThreadPoolExecutor(_INDEX_READERS) as pool:
-            return np.concatenate(list(pool.map(read, range(self._parts))))
+            codes = np.concatenate(list(pool.map(read, range(self._parts))))
+        pa.default_memory_pool().release_unused()  # which Arrow would keep for next time: there is none
+        return codes
 
     @property
     def _parts(self) -> int:
@@ -332,7 +346,9 @@ class StudyStore:
             raise self._bad_chunk(path, row, error) from error
 
     def _bad_chunk(self, path: str, row: int, error: ValueError) -> UserError:
-        return UserError(
+        if str(error).startswith(_PASSING):
+            return UserError(f"{self.url}/{path}: a chunk of study {row} cannot be read now; {_first_sentence(error)}")
+        return DamagedImage(
             f"{self.url}/{path}: a chunk of study {row} is missing, cut short or corrupt; copy the store again or "
             f"build it again ({_first_sentence(error)})"
         )
@@ -394,6 +410,19 @@ class StudyStore:
     def without_intensities(self, role: str) -> str | None:
         """The URL of the store when it was written without what `foreground` reads."""
         return None if f"intensities/{role}/zarr.json" in self.file.files else self.url
+
+    def sources(self, split: str) -> list[tuple[float, np.ndarray]]:
+        """Of one store there is one."""
+        return [(1.0, self.rows(split))]
+
+    def source(self, row: int) -> int:
+        return 0
+
+    def locate(self, row: int) -> tuple[StudyStore, int]:
+        return self, row
+
+    def image_input(self, role: str, image: ImageInput, row: int) -> ImageInput:
+        return image
 
     def image_inputs(self, role: str, image: ImageInput) -> list[ImageInput]:
         """How images of a role enter the model: in one way here, in one for each store of a mix."""

@@ -171,8 +171,8 @@ def test_the_order_of_a_huge_split_is_never_in_memory():
 
         class store:
             @staticmethod
-            def rows(split):
-                return rows
+            def sources(split):
+                return [(1.0, rows)]
 
         @staticmethod
         def draw(row, rng):

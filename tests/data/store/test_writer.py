@@ -15,7 +15,7 @@ import pytest
 from mmfm_jax.data.store.format import open_kvstore
 from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.data.store.writer import write_store
-from mmfm_jax.data.study import Image, Study
+from mmfm_jax.data.study import Image, ImageSpec, Schema, Study
 from mmfm_jax.errors import UserError
 
 
@@ -157,3 +157,13 @@ def test_no_studies_make_no_store(tmp_path, schema):
     with pytest.raises(UserError, match="no studies"):
         write_store(str(tmp_path / "store"), schema, [])
     assert not list(Path(tmp_path).iterdir())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_voxels_that_are_no_number_are_refused(tmp_path, value):
+    schema = Schema(images={"ct": ImageSpec(dtype="float32", shape=None)})
+    voxels = np.zeros((3, 4, 5, 1), np.float32)
+    voxels[2, 1, 3] = value
+    with pytest.raises(UserError, match="study 0: image ct has voxels that are no finite numbers; leave the image out"):
+        write_store(str(tmp_path / "store"), schema, [Study("p", "train", {"ct": Image(voxels, (1.0, 1.0, 1.0))})])
+    assert list(tmp_path.iterdir()) == []
