@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import jax
@@ -25,7 +25,7 @@ from mmfm_jax.evaluate.report import write_report
 from mmfm_jax.evaluate.splits import OfTexts, collect, extractor
 from mmfm_jax.metrics.baselines import WHOLE_TABLE, baselines, linear_probes, make_table
 from mmfm_jax.metrics.bootstrap import Bootstrap
-from mmfm_jax.metrics.findings import Findings
+from mmfm_jax.metrics.findings import Exhibit, Findings, Forest
 from mmfm_jax.metrics.held_out import HeldOut, LogProbability, Split, View, Words, view_name
 from mmfm_jax.metrics.label import tell
 from mmfm_jax.metrics.statistics import Measure
@@ -130,7 +130,7 @@ def measure_run(trained: TrainedRun, store: StudyStore | StoreMix, samples: Samp
             picture=functools.partial(middle_slice, samples),
         )
 
-    found = [(name, learner.tasks[name].measure(seen_by(name))) for name in sorted(learner.tasks)]
+    found = [(name, learner.tasks[name].measure(seen_by(name))) for name in experiment.tasks]
     if not any(config.needs().labels for config in experiment.tasks.values()):
         rest = set(spec.labels) - {label for _, of in found for label in of.answered}
         found += [(label, probes(label, spec.label_texts, seen_by(label))) for label in sorted(rest)]
@@ -147,13 +147,18 @@ def probes(label: str, label_texts: dict[str, str], held_out: HeldOut) -> Findin
 def joined(found: list[tuple[str, Findings]]) -> Findings:
     """The findings of all tasks. A task that measures otherwise what has a name already has its own name in front."""
     measures: dict[str, Measure] = {}
+    exhibits: list[Exhibit] = []
     for task, findings in found:
-        for name, measure in findings.measures.items():
-            taken = name in measures and measures[name] != measure
-            measures[f"{task}/{name}" if taken else name] = measure
+        taken = any(measures.get(name, measure) != measure for name, measure in findings.measures.items())
+        front = f"{task}/" if taken else ""
+        measures |= {front + name: measure for name, measure in findings.measures.items()}
+        for exhibit in findings.exhibits:
+            if isinstance(exhibit, Forest):
+                exhibit = replace(exhibit, measures={front + name: m for name, m in exhibit.measures.items()})
+            exhibits.append(exhibit)
     return Findings(
         measures,
-        tuple(exhibit for _, findings in found for exhibit in findings.exhibits),
+        tuple(exhibits),
         tuple(dict.fromkeys(note for _, findings in found for note in findings.notes)),
         tuple(label for _, findings in found for label in findings.answered),
     )

@@ -8,35 +8,52 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from mmfm_jax.evaluate.protocols import Predictions
 
 from mmfm_jax.data.inspect.slices import Slice, scale_bar_mm, scaled_slice
 from mmfm_jax.evaluate import report
+from mmfm_jax.evaluate.report import pieces
+from mmfm_jax.metrics import label as label_module
+from mmfm_jax.metrics.examples import Example, examples_html
+from mmfm_jax.metrics.findings import Findings, Forest, Passage
+from mmfm_jax.metrics.label import Predictions
 from mmfm_jax.metrics.statistics import Measure
 
 PATIENTS = np.array([f"secrethash{i}" for i in range(40)])
 
 
-def page(**changes):
+def findings(**changes):
     rng = np.random.default_rng(0)
     label = rng.integers(0, 2, 40)
-    log_probability = np.log(rng.dirichlet([1, 1], 40))
+    names = {"fused": np.log(rng.dirichlet([1, 1], 40))}
+    told = label_module._exhibits(
+        "disease",
+        Predictions(("no", "yes"), label, PATIENTS, names, "fused"),
+        {"disease/fused/auroc": Measure(0.9, 0.8, 0.95, 40)},
+    )
     image = Slice(rng.random((8, 8, 1)), (2.0, 2.0))
+    recall = {
+        "retrieval/image_to_text/recall@5": Measure(0.5, 0.4, 0.6, 40),
+        "retrieval/image_to_text/recall@5_chance": Measure(0.125, None, None, 40),
+    }
     content = {
-        "title": "demo <run>",
-        "facts": "Step 3.",
         "measures": {
             "disease/fused/auroc": Measure(0.9, 0.8, 0.95, 40),
             "disease/fused_minus_baseline_size/auroc": Measure(0.1, -0.1, 0.2, 40),
-            "retrieval/image_to_text/recall@5": Measure(0.5, 0.4, 0.6, 40),
-            "retrieval/image_to_text/recall@5_chance": Measure(0.125, None, None, 40),
+            **recall,
         },
-        "predictions": [("disease", Predictions(("no", "yes"), label, PATIENTS, {"fused": log_probability}))],
-        "history": {"loss": (np.arange(3), np.ones(3)), "validation/loss": (np.arange(3), np.ones(3))},
-        "shown": [report.Example(image, "a <b>bold</b> claim", "another", 1.5, 40)],
-        "notes": ["margin is left out."],
+        "exhibits": (
+            Passage("Examples", "", examples_html([Example(image, "a <b>bold</b> claim", "another", 1.5)])),
+            *told,
+            Forest("Finding a study's partner", "", "recall", recall),
+        ),
+        "notes": ("margin is left out.",),
     }
-    return report.render(**{**content, **changes})
+    return Findings(**{**content, **changes})
+
+
+def page(found=None, history=None):
+    curves = {"loss": (np.arange(3), np.ones(3)), "validation/loss": (np.arange(3), np.ones(3))}
+    return report.render("demo <run>", "Step 3.", found or findings(), curves if history is None else history)
 
 
 class Tags(HTMLParser):
@@ -74,7 +91,7 @@ def test_page_nests_and_holds_all_it_shows():
         assert kind == "data:image/svg+xml;base64"
         xml.dom.minidom.parseString(b64decode(content))
     assert tags.headings == [
-        "Telling one class from another", "ROC curves", "Calibration", "Finding a study's partner", "Examples",
+        "Telling one class from another", "Finding a study's partner", "ROC curves", "Calibration", "Examples",
         "Training", "All measures",
     ]  # fmt: skip
 
@@ -87,8 +104,16 @@ def test_page_escapes_texts_and_names_no_patient():
 
 
 def test_sections_with_nothing_to_show_are_left_out():
-    tags = parse(page(measures={}, predictions=[], history={}, shown=[], notes=[]))
+    tags = parse(page(Findings(), {}))
     assert tags.headings == ["All measures"] and tags.sources == []
+
+
+def test_what_several_tasks_put_under_one_heading_stands_together():
+    forest = [Forest("One", "said once", "AUROC", {name: Measure(0.5, 0.4, 0.6, 9)}) for name in ("a", "b")]
+    drawn = pieces([*forest, Passage("One", "", "<p>words</p>")])
+    assert len(drawn) == 2 and drawn[1] == "<p>words</p>"
+    text = page(Findings(exhibits=(*forest, Forest("Two", "", "AUROC", {"c": Measure(0.5, 0.4, 0.6, 9)}))), {})
+    assert parse(text).headings == ["One", "Two", "All measures"] and text.count("said once") == 1
 
 
 def test_the_same_results_give_the_same_page():

@@ -1,6 +1,8 @@
 """All tasks together: what is absent cannot leak, encoders run once, and wrong configurations are named."""
 
 import dataclasses
+from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +11,14 @@ import optax
 import pytest
 from flax import nnx
 
+from mmfm_jax import tasks
 from mmfm_jax.data.feed.transforms import prepare
 from mmfm_jax.errors import UserError
 from mmfm_jax.losses.mean import mean_where
 from mmfm_jax.model.multimodal import MultimodalModel
 from mmfm_jax.tasks import task_types
-from mmfm_jax.tasks.base import Views
+from mmfm_jax.tasks.base import Task, Views
+from mmfm_jax.tasks.classification import Classification, ClassificationConfig
 from mmfm_jax.train.learner import Learner
 
 
@@ -120,6 +124,9 @@ def test_a_mean_over_nothing_is_zero_and_has_no_gradient():
     assert value == 0 and not np.asarray(slope).any()
 
 
+QUESTION = {"label": "disease", "positive": ["large"], "negative": ["small"]}
+
+
 @pytest.mark.parametrize(
     "field, value, said",
     [
@@ -130,6 +137,15 @@ def test_a_mean_over_nothing_is_zero_and_has_no_gradient():
             "tasks.caption.field: the inputs hold no text history; they hold report",
         ),
         ("tasks.image_text.between", ["image", "image"], "between names image twice"),
+        ("tasks.disease.without", ["image", "text", "table"], "tasks.disease.without: leaves the head none"),
+        (
+            "tasks.image_text.zero_shot.q",
+            QUESTION | {"label": "x"},
+            "image_text.zero_shot.q.label: x is not a label",
+        ),
+        ("tasks.image_text.zero_shot.q", QUESTION | {"negative": []}, "zero_shot.q.negative"),
+        ("tasks.image_table.zero_shot.q", QUESTION, "zero_shot compares images with prompts"),
+        ("evaluate.zero_shot", {"q": QUESTION}, "move it to tasks.NAME.zero_shot"),
         ("tasks.image_text.between", ["image", "video"], "tasks.image_text.contrastive.between.1"),
         ("tasks.image_text.kind", "contrastiv", "tasks.image_text"),
     ],
@@ -140,5 +156,35 @@ def test_wrong_task_configurations_are_named(make_experiment, material, field, v
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
-def test_every_task_file_is_a_task_of_its_own_kind():
-    assert set(task_types()) == {"contrastive", "masked", "classification", "caption"}
+def test_every_file_of_tasks_gives_tasks_with_kinds_of_their_own():
+    files = {path.stem for path in Path(tasks.__file__).parent.glob("*.py")} - {"__init__", "base"}
+    assert {cls.__module__.rpartition(".")[2] for cls in task_types().values()} >= files
+    for kind, cls in task_types().items():
+        assert cls.Config.model_fields["kind"].default == kind
+
+
+def test_a_task_may_inherit_from_a_task_and_from_a_shared_base():
+    class OtherConfig(ClassificationConfig):
+        kind: Literal["other"] = "other"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    class Base(Task):
+        """Without a Config: no task."""
+
+    try:
+
+        class Other(Classification):
+            Config = OtherConfig
+
+        assert task_types()["other"] is Other and Base not in task_types().values()
+        with pytest.raises(TypeError, match="Nameless: has no Config with a kind of its own"):
+
+            class Nameless(Classification):
+                pass
+
+        with pytest.raises(TypeError, match=r"Twice.*: the kind other is that of .*Other; give it another"):
+
+            class Twice(Base):
+                Config = OtherConfig
+
+    finally:
+        Task.kinds.pop("other", None)

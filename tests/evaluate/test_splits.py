@@ -1,6 +1,7 @@
 """What the frozen model makes of a split, on a small model with untrained weights."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -9,8 +10,11 @@ from flax import nnx
 
 from mmfm_jax.data.batch import Batch, ImagePart, ImageShape, InputSpec, LabelPart, NumberStats, TablePart, TextPart
 from mmfm_jax.data.feed.tokenizer import Tokenizer
-from mmfm_jax.evaluate.features import average_readings, collect, embed_prompts, extractor, views_of
+from mmfm_jax.evaluate.splits import OfTexts, collect, extractor, probed_views
 from mmfm_jax.experiment import validate
+from mmfm_jax.metrics.bootstrap import Bootstrap
+from mmfm_jax.metrics.held_out import HeldOut
+from mmfm_jax.metrics.retrieval import Side
 from mmfm_jax.train.learner import Learner
 
 TOWER = {"width": 16, "depth": 1, "heads": 2}
@@ -71,7 +75,7 @@ def batch(tokenizer, real=STUDIES):
                 rng.random((STUDIES, 4, 4, 4, 1), np.float32), np.ones((STUDIES, 3), np.float32), np.ones(STUDIES, bool)
             )
         },
-        texts={"report": TextPart(tokens, np.ones(STUDIES, bool))},
+        texts={"report": TextPart(tokens, np.ones(STUDIES, bool), np.zeros((STUDIES, 2), np.uint32))},
         table=TablePart(
             rng.normal(50, 10, (STUDIES, 1)).astype(np.float32),
             np.ones((STUDIES, 1), bool),
@@ -90,24 +94,23 @@ def test_a_view_without_a_modality_is_the_view_of_studies_that_lack_it(extract, 
     whole = batch(tokenizer)
     text = whole.texts["report"]
     lacking = dataclasses.replace(
-        whole, texts={"report": TextPart(np.zeros_like(text.tokens), np.zeros(STUDIES, bool))}
+        whole, texts={"report": TextPart(np.zeros_like(text.tokens), np.zeros(STUDIES, bool), text.digest)}
     )
     seen, without = collect(extract, [whole], names), collect(extract, [lacking], names)
-    np.testing.assert_allclose(seen.fused["fused_without_text"], without.fused["fused"], atol=1e-5)
-    np.testing.assert_allclose(
-        seen.heads["disease"]["fused_without_text"], without.heads["disease"]["fused"], atol=1e-5
-    )
-    assert np.abs(seen.fused["fused"] - without.fused["fused"]).max() > 1e-3
-    assert not without.embeddings["image_text"]["text"].present.any()
+    blind = frozenset({"text"})
+    np.testing.assert_allclose(seen.fused[blind], without.fused[frozenset()], atol=1e-5)
+    head, other = seen.predicted["diagnosis"], without.predicted["diagnosis"]
+    np.testing.assert_allclose(head["fused_without_text"], other["fused"], atol=1e-5)
+    assert np.abs(seen.fused[frozenset()] - without.fused[frozenset()]).max() > 1e-3
+    assert not without.predicted["image_text"]["text_present"].any()
 
 
-def test_every_modality_is_left_out_once_and_a_lone_one_never():
-    assert views_of(("image", "table")) == {
-        "fused": None,
-        "fused_without_image": "image",
-        "fused_without_table": "table",
-    }
-    assert views_of(("image",)) == {"fused": None}
+def test_every_modality_is_left_out_once_and_a_lone_one_never(spec):
+    views = {frozenset(), *(frozenset({m}) for m in ("image", "text", "table"))}
+    assert set(probed_views(spec)) == views
+    of_text = spec.model_copy(update={"label_texts": {"disease": "report"}})
+    assert set(probed_views(of_text)) == views | {frozenset({"text", "image"}), frozenset({"text", "table"})}
+    assert probed_views(spec.model_copy(update={"images": {}, "numbers": {}})) == (frozenset(),)
 
 
 def test_padding_is_dropped_and_batches_join_in_order(extract, tokenizer):
@@ -117,8 +120,9 @@ def test_padding_is_dropped_and_batches_join_in_order(extract, tokenizer):
     assert joined.rows.tolist() == [*range(10, 18), 10, 11, 12]
     assert joined.patients[-1] == "p12"
     assert joined.labels["disease"].tolist() == [-1, 1, 0, 1, 0, 1, 0, 1, -1, 1, 0]
-    np.testing.assert_allclose(joined.fused["fused"], alone.fused["fused"][[*range(8), 0, 1, 2]], atol=1e-5)
-    np.testing.assert_allclose(np.exp(joined.heads["disease"]["fused"]).sum(axis=1), 1, atol=1e-5)
+    whole_view = frozenset()
+    np.testing.assert_allclose(joined.fused[whole_view], alone.fused[whole_view][[*range(8), 0, 1, 2]], atol=1e-5)
+    np.testing.assert_allclose(np.exp(joined.predicted["diagnosis"]["fused"]).sum(axis=1), 1, atol=1e-5)
 
 
 def test_studies_are_the_same_in_a_modality_exactly_when_its_inputs_are_equal(extract, tokenizer):
@@ -128,8 +132,11 @@ def test_studies_are_the_same_in_a_modality_exactly_when_its_inputs_are_equal(ex
 
 
 def test_a_prompt_is_embedded_as_a_report_in_the_same_words(learner, spec, extract, tokenizer):
-    texts = collect(extract, [batch(tokenizer)], names).embeddings["image_text"]["text"].vectors
-    prompts = embed_prompts(learner, spec, tokenizer, "image_text", ("a lobed mass", "a round nodule"))
+    texts = collect(extract, [batch(tokenizer)], names).predicted["image_text"]["text"]
+    words = [{"report": "a lobed mass"}, {"report": "a round nodule"}]
+    embed = OfTexts(learner, spec, tokenizer, 3)
+    prompts = embed("image_text", words, ("text",))["text"]
+    np.testing.assert_array_equal(embed.tokens(words)[::-1], batch(tokenizer).texts["report"].tokens[:2])
     np.testing.assert_allclose(prompts, texts[[1, 0]], atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(prompts, axis=1), 1, atol=1e-5)
 
@@ -143,28 +150,40 @@ def test_features_do_not_depend_on_the_number_of_devices(learner, spec, extract,
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def held_out(learner, spec, tokenizer, seen, readings) -> HeldOut:
+    """The evaluation that the contrastive task sees; nothing is fitted and no picture is taken."""
+
+    def nothing(*_):
+        raise AssertionError("not to be asked")
+
+    of_texts = OfTexts(learner, spec, tokenizer, 5)  # 12 readings: batches are cut anywhere
+    return HeldOut(
+        seen, seen.predicted["image_text"], spec.labels, Bootstrap(10, 0), 0, "test", (1,), nothing,
+        functools.partial(of_texts, "image_text"), of_texts.tokens, "report", lambda: readings, nothing,
+    )  # fmt: skip
+
+
+def text_side(learner, spec, tokenizer, seen, readings) -> Side:
+    """The texts that the contrastive task compares."""
+    predicted, present = (seen.predicted["image_text"][name] for name in ("text", "text_present"))
+    side = Side(predicted, present, seen.same["text"])
+    return learner.tasks["image_text"]._whole_texts(side, held_out(learner, spec, tokenizer, seen, readings))
+
+
 def test_the_text_of_a_study_is_the_mean_of_its_readings(learner, spec, extract, tokenizer):
     seen = collect(extract, [batch(tokenizer)], names)
     round_, lobed = ({"report": text} for text in ("a round nodule", "a lobed mass"))
     readings = [[round_], [lobed], [round_, lobed], [lobed, round_], [lobed, lobed, round_], [round_] * 2, [lobed], []]
-    found = average_readings(seen, learner, spec, tokenizer, readings, batch=5)  # 12 readings: chunks are cut anywhere
-    vector = dict(zip(("round", "lobed"), embed_prompts(learner, spec, tokenizer, "image_text", tuple(
-        of["report"] for of in (round_, lobed)))))  # fmt: skip
-    sums = [
-        vector["round"],
-        vector["lobed"],
-        *[vector["round"] + vector["lobed"]] * 2,
-        2 * vector["lobed"] + vector["round"],
-    ]
+    found = text_side(learner, spec, tokenizer, seen, readings)
+    one, other = OfTexts(learner, spec, tokenizer, 2)("image_text", [round_, lobed], ("text",))["text"]
+    sums = [one, other, one + other, one + other, 2 * other + one]
     expected = np.stack([total / np.linalg.norm(total) for total in sums])
-    np.testing.assert_allclose(found.embeddings["image_text"]["text"].vectors[:5], expected, atol=1e-5)
-    np.testing.assert_array_equal(
-        found.embeddings["image_text"]["image"].vectors, seen.embeddings["image_text"]["image"].vectors
-    )
-    alike = found.same["text"]
+    np.testing.assert_allclose(found.vectors[:5], expected, atol=1e-5)
+    alike = found.same
     assert alike[2] == alike[3] and alike[1] == alike[6] and len(set(alike)) == 6
 
 
 def test_studies_of_one_reading_each_are_left_as_they_are(learner, spec, extract, tokenizer):
     seen = collect(extract, [batch(tokenizer)], names)
-    assert average_readings(seen, learner, spec, tokenizer, [[{"report": "a"}]] * STUDIES, 4) is seen
+    found = text_side(learner, spec, tokenizer, seen, [[{"report": "a"}]] * STUDIES)
+    assert found.vectors is seen.predicted["image_text"]["text"]
