@@ -32,6 +32,10 @@ def sample(args: argparse.Namespace) -> None:
         from mmfm_jax.data.samples.lidc import build_lidc
 
         build_lidc(args.out, args.split_key)
+    elif args.name == "idc":
+        from mmfm_jax.data.samples.idc import build_idc
+
+        build_idc(args.out, args.split_key)
     else:
         from mmfm_jax.data.samples.mni152 import build_mni152
 
@@ -181,9 +185,9 @@ def parser() -> argparse.ArgumentParser:
     of_sample = verb(sample)
     of_sample.add_argument(
         "name",
-        choices=["lidc", "mni152"],
+        choices=["lidc", "mni152", "idc"],
         help="lidc: nodules of chest CT as radiologists outlined and rated them; mni152: blocks of a brain template "
-        "with masks of its tissues",
+        "with masks of its tissues; idc: a million series of the Imaging Data Commons, texts and tables without images",
     )
     of_sample.add_argument("--out", required=True, help="folder or TensorStore URL of the store to build")
     of_sample.add_argument("--split-key", default="mmfm", help="key of the hash that deals patients to splits")
@@ -223,6 +227,16 @@ def parser() -> argparse.ArgumentParser:
     of_plan.add_argument("--sweep", action="store_true", help="try remat, batch sizes and meshes; the best as a table")
     of_plan.add_argument("--sweep-limit", type=int, default=12, metavar="N", help="compile at most N of them (12)")
     of_plan.add_argument("--measure", action="store_true", help="time the step on the devices of this machine")
+    for flag, metavar, of in (
+        ("--host-cores", "N", "cores of a host that may read (its vCPUs as published)"),
+        ("--host-gbps", "N", "Gbit/s into a host (as published)"),
+        ("--host-memory", "GB", "of a host (as published)"),
+        ("--bucket-gbps", "N", "Gbit/s that the bucket gives to all hosts together (200)"),
+        ("--bucket-requests", "N", "reads a second that the bucket takes at most (no end, doubling every 20 minutes)"),
+        ("--request-price", "USD", "of 1,000 reads (0.0004)"),
+        ("--crop-ms", "MS", "of a core for a crop, as mmfm bench data prints it (1.5 a decoded MB)"),
+    ):
+        of_plan.add_argument(flag, type=_positive(float), metavar=metavar, help=of)
     of_plan.add_argument("--json", action="store_true", help="print data instead of tables")
     of_schema = verb(schema)
     of_schema.add_argument("of", nargs="?", choices=["experiment", "dataset"], default="experiment")

@@ -26,6 +26,7 @@ from mmfm_jax.data.batch import (
 )
 from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel import sharding
+from mmfm_jax.plan.phases import Phase, unsaid
 from mmfm_jax.train.fit import check_fit
 from mmfm_jax.train.optimizer import make_optimizer
 from mmfm_jax.train.state import TrainState, initial_state, learner_shapes, state_shardings
@@ -168,10 +169,14 @@ def make_program(experiment: Experiment, spec: InputSpec, mesh: Mesh, voxels: di
     return Program(experiment, spec, mesh, graph, jax.tree.map(placed, shapes, shardings), batch, step)
 
 
-def compile_step(program: Program) -> jax.stages.Compiled:
+def compile_step(program: Program, phase: Phase = unsaid) -> jax.stages.Compiled:
     """Raises DoesNotFit when the compiler finds no room in HBM."""
     with jax.set_mesh(program.mesh):
-        lowered = program.step.lower(program.state, program.batch)
+        phase("trace")
+        traced = program.step.trace(program.state, program.batch)
+        phase("lower")
+        lowered = traced.lower()
+        phase("compile")
         try:
             return lowered.compile()
         except jax.errors.JaxRuntimeError as error:

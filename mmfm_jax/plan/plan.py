@@ -15,6 +15,7 @@ from mmfm_jax.plan import hlo, lower
 from mmfm_jax.plan.chips import Chip, Pod
 from mmfm_jax.plan.estimate import Estimate, estimate
 from mmfm_jax.plan.links import Network
+from mmfm_jax.plan.phases import Phase, unsaid
 from mmfm_jax.train.flops import step_flops
 
 SECONDS_A_DAY = 86400.0
@@ -85,12 +86,18 @@ class Plan:
 
 
 def make_plan(
-    experiment: Experiment, pod: Pod, price: float | None = None, spec: InputSpec | None = None, voxels=None
+    experiment: Experiment,
+    pod: Pod,
+    price: float | None = None,
+    spec: InputSpec | None = None,
+    voxels: dict[str, str] | None = None,
+    phase: Phase = unsaid,
 ) -> Plan:
     """Compiles the step for the pod and estimates it. Without `spec`, inputs are assumed (`lower.assumed_spec`).
 
     Raises UserError when experiment and pod do not fit together.
     """
+    phase("shapes")
     mesh = make_mesh(experiment.mesh, pod.devices)
     program = lower.make_program(experiment, spec or lower.assumed_spec(experiment), mesh, voxels)
     state, many = program.state, pod.chip.devices
@@ -102,7 +109,8 @@ def make_plan(
     }
     estimated = None
     try:
-        compiled = lower.compile_step(program)
+        compiled = lower.compile_step(program, phase)
+        phase("read")
         memory = lower.memory(compiled)
         hbm["activations, gradients and scratch"] = memory.temporaries
         hbm["program and rest"] = memory.total - sum(hbm.values())

@@ -54,6 +54,7 @@ class ContrastiveConfig(TaskConfig):
 
     kind: Literal["contrastive"] = "contrastive"
     between: tuple[Modality, Modality] = ("image", "text")
+    """The two modalities that are compared."""
     loss: Literal["sigmoid", "softmax"] = "sigmoid"
     """Each pair judged by itself (SigLIP), or each study's partner chosen among the batch (CLIP)."""
     width: PositiveInt = 128

@@ -61,6 +61,7 @@ class MaskedConfig(TaskConfig):
     normalise: bool = True
     """Voxels of a hidden patch are predicted less their mean and over their deviation, as in MAE; else as windowed."""
     weights: PartWeights = PartWeights()
+    """Of the parts of the loss."""
 
 
 @dataclass(frozen=True)

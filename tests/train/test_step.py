@@ -145,10 +145,10 @@ DENSE = {
 
 
 def test_parts_mesh_and_missing_modalities_never_change_the_objective(make_experiment, material):
-    """Of accumulate 1, 2 and 4 on one device and 4 on two, with labels, images and texts that lie unevenly; what is
+    """Of accumulate 1 and 2 on one device and 4 on two, with labels, images and texts that lie unevenly; what is
     hidden and dropped is drawn too."""
     batch, results = uneven(material.batch), {}
-    for parts, devices in ((1, 1), (2, 1), (4, 1), (4, 2)):
+    for parts, devices in ((1, 1), (2, 1), (4, 2)):
         experiment = make_experiment(DENSE | {"train.accumulate": parts})
         mesh = make_mesh(MeshConfig(fsdp=devices), jax.devices()[:devices])
         program = make_program(experiment, material.spec, mesh, {"ct": "uint8"})
@@ -174,7 +174,7 @@ def test_counting_what_a_batch_holds_costs_no_products(make_experiment, material
     def products(parts: int) -> int:
         experiment = make_experiment({**ONE_TASK, "train.accumulate": parts})
         _, state, step = build(experiment, material.spec)
-        return step.lower(state, material.batch).compile().as_text().count(" dot(")
+        return str(step.lower(state, material.batch).compile().as_text()).count(" dot(")
 
     assert products(2) == products(1) > 50
 

@@ -219,7 +219,7 @@ def _words(values: object) -> str:
 
 def _check_splits(names: tuple[str, ...], stores: list[StudyStore]) -> None:
     """Raises UserError when a patient is in one split here and in another there. Reads every `index.parquet` once."""
-    index = pa.concat_tables([store.index() for store in stores])
+    index = pa.concat_tables([store.index() for store in stores]).unify_dictionaries()
     splits = index.group_by("patient").aggregate([("split", "count_distinct")])
     several = sum(n > 1 for n in splits.column("split_count_distinct").to_pylist())
     if several:
