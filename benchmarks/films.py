@@ -91,10 +91,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_store(folder + "/store", SCHEMA, studies(args.films))
         store = StudyStore.open(folder + "/store", cache_bytes=args.cache_bytes)
-        inputs, tokenizer = (
-            Inputs.model_validate(INPUTS),
-            Tokenizer.train(store.texts(store.rows("train")[:2000]), 4096),
-        )
+        tokenizer = Tokenizer.train(store.texts(store.rows("train")[:2000]), 4096)
+        inputs = Inputs.model_validate(INPUTS)
         samples = Samples(store, inputs, make_spec(inputs, store.schema, store.stats, tokenizer), tokenizer)
         table = Table(
             "workers", "core-ms a film", "of this process", "films/s", title=f"{SIDE} x {SIDE}, {WORDS} words"
