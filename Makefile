@@ -17,7 +17,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile --max-worker-restart 0
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-newest axes launch-slurm ingest-ray seeds curve precision scan feed memory bench clean
+.PHONY: help demo test lint test-newest axes launch-slurm ingest-ray seeds curve precision scan feed memory bench pods gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installs into one environment would meet
 
@@ -108,6 +108,16 @@ feed: $(VENV)/.samples  ## how long an H100's step would wait for this machine t
 
 memory: $(VENV)/.samples  ## resident memory over 2,000 batches of a store far larger than the cache (two minutes)
 	@$(BIN)/python benchmarks/memory.py
+
+$(VENV)/.tpu: pyproject.toml
+	$(call install,samples$(comma)tpu)
+
+pods: $(VENV)/.tpu  ## plan every pod configuration for its pod and keep what was found in configs/pods.json (an hour)
+	@$(BIN)/python benchmarks/pods.py
+
+# Makes no environment and needs no network: PYTHON has JAX and PyTorch, and what it lacks comes as wheels in a folder.
+gpu:  ## what one GPU does, as rows of docs/performance.md: make gpu PYTHON=python3 WHEELS=wheels (ten minutes)
+	@$(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels $(WHEELS))
 
 bench: $(VENV)/.samples  ## speed of reading and of the training step on this machine
 	@$(BIN)/python benchmarks/speed.py
