@@ -11,13 +11,16 @@ RUN := runs/demo
 # torch comes from PyPI with several GB of CUDA on Linux unless pip is shown a CPU build (PIP_FLAGS); leave `reference`
 # out to do without: make test TEST_EXTRAS=samples,test,ingest,quantised,tpu
 TEST_EXTRAS ?= samples,test,ingest,presidio,quantised,reference,tpu
-# A worker that crashes is not replaced: pytest-xdist 3.8 then waits for ever (its issues 1323, 1327 and 1378).
-PYTEST_FLAGS ?= -n 2 --dist loadfile --max-worker-restart 0
+# Files are handed out in their order, the longest first (tests/conftest.py). A worker that crashes is not replaced:
+# pytest-xdist 3.8 then waits for ever (its issues 1323, 1327 and 1378).
+PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 # For the scripts of benchmarks/, as `mmfm` does for itself: a step's scratch memory comes in huge pages.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+test test-newest axes: export GLIBC_TUNABLES := glibc.malloc.hugetlb=0 # they take more memory than small programs need
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-newest axes launch-slurm ingest-ray seeds curve precision scan feed memory bench pods gpu clean
+.PHONY: help rows demo test lint test-newest axes launch-slurm ingest-ray seeds curve precision scan feed films memory bench
+.PHONY: pods gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installs into one environment would meet
 
@@ -39,6 +42,9 @@ endef
 $(VENV)/.samples: pyproject.toml
 	$(call install,samples)
 
+$(VENV)/.idc: pyproject.toml
+	$(call install,idc)
+
 $(VENV)/.test: pyproject.toml
 	$(call install,$(TEST_EXTRAS))
 
@@ -55,6 +61,9 @@ demo: $(VENV)/.samples  ## build the built-in store, train on the CPU, evaluate 
 	@$(BIN)/mmfm sample lidc --out $(STORE)
 	@$(BIN)/mmfm train configs/demo.yaml --run $(RUN)
 	@$(BIN)/mmfm evaluate $(RUN)
+
+rows: $(VENV)/.idc  ## a million rows: build the store, then start-up, random rows a second and memory, before and after
+	@PATH=$(abspath $(BIN)):$$PATH $(BIN)/python benchmarks/rows.py data/idc
 
 test: lint $(VENV)/.test  ## lint, then run every test and notebook
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -105,6 +114,9 @@ scan: $(VENV)/.samples  ## compile time of a step by the depth of its encoders (
 
 feed: $(VENV)/.samples  ## how long an H100's step would wait for this machine to read CT volumes (two minutes)
 	@$(BIN)/python benchmarks/feed.py
+
+films: $(VENV)/.samples  ## what a film costs the host, and how many a second by worker processes (a minute)
+	@$(BIN)/python benchmarks/films.py
 
 memory: $(VENV)/.samples  ## resident memory over 2,000 batches of a store far larger than the cache (two minutes)
 	@$(BIN)/python benchmarks/memory.py

@@ -90,6 +90,9 @@ class Pending:
         time.sleep(max(0.0, self._ready_at - time.perf_counter()))
         return self
 
+    def is_ready(self) -> bool:
+        return time.perf_counter() >= self._ready_at
+
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         self.block_until_ready()
         return np.zeros((), dtype or np.float32)

@@ -39,7 +39,7 @@ def bound(reading: Reading, cache_bytes: int) -> int:
     Twice what is held, for glibc keeps as much again between blocks: the cache, the batches (`prefetch_batches`, one
     put together, one handed out, one begun) and the chunks of the crops whose reading is under way.
     """
-    batch = sum(voxels.nbytes for voxels in reading.samples.voxels(reading.size).values())
+    batch = sum(part.voxels.nbytes for part in reading.samples.room(reading.size, {}).images.values())
     chunks = 0
     for role, shape in reading.samples.spec.images.items():
         first = reading.store.inside(role, int(reading.store.rows("train")[0]), (0, 0, 0), shape.size)

@@ -32,6 +32,10 @@ def sample(args: argparse.Namespace) -> None:
         from mmfm_jax.data.samples.lidc import build_lidc
 
         build_lidc(args.out, args.split_key)
+    elif args.name == "idc":
+        from mmfm_jax.data.samples.idc import build_idc
+
+        build_idc(args.out, args.split_key)
     else:
         from mmfm_jax.data.samples.mni152 import build_mni152
 
@@ -181,9 +185,9 @@ def parser() -> argparse.ArgumentParser:
     of_sample = verb(sample)
     of_sample.add_argument(
         "name",
-        choices=["lidc", "mni152"],
+        choices=["lidc", "mni152", "idc"],
         help="lidc: nodules of chest CT as radiologists outlined and rated them; mni152: blocks of a brain template "
-        "with masks of its tissues",
+        "with masks of its tissues; idc: a million series of the Imaging Data Commons, texts and tables without images",
     )
     of_sample.add_argument("--out", required=True, help="folder or TensorStore URL of the store to build")
     of_sample.add_argument("--split-key", default="mmfm", help="key of the hash that deals patients to splits")

@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import gc
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,21 +22,60 @@ from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.data.study import ColumnSpec, Image, ImageSpec, LabelSpec, Schema, Study
 from mmfm_jax.experiment import Experiment, validate
+from mmfm_jax.parallel.compiled import VARIABLE, processor
 from mmfm_jax.parallel.processes import split_cpu
 from mmfm_jax.plan.chips import pod
 from mmfm_jax.plan.environment import compile_without_devices
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the processes that tests start
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+FLAGS = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
+    "--xla_cpu_parallel_codegen_split_count=1",  # the other core has a worker of its own
     "--xla_cpu_collective_call_terminate_timeout_seconds=300",  # 8 devices on 2 busy cores may wait for each other
 )
+if jax.__version_info__ < (0, 11):  # XLA ends the process at a flag that it does not know
+    FLAGS += ("--xla_cpu_use_fusion_emitters=false",)  # half the time and memory of a compilation
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 split_cpu(int(os.environ.get("MMFM_TEST_DEVICES", "8")))
 
+# Compiled programs are kept for the other workers, for the processes that tests start and for the next run.
+os.environ.setdefault(VARIABLE, str(Path(__file__).parents[1] / ".pytest_cache" / "compiled" / processor()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+jax.config.update("jax_compilation_cache_dir", os.environ[VARIABLE] or None)
+jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+)
+
+LONGEST = ("end_to_end", "notebooks", "test_mesh", "tasks/test_packing", "test_step", "plan/", "tasks/", "train/")
+"""Parts of the names of files; those come first, so that no worker is left alone with a long one."""
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """The longest files first."""
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Frees what a file compiled where that is much: the next file has programs of its own."""
+    yield
+    if resident_bytes() > ROOM_BYTES:
+        jax.clear_caches()
+        gc.collect()
+
+
+def resident_bytes() -> int:
+    """Of this process; where the system does not say, more than there is room for."""
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 2 * ROOM_BYTES
+
+
 settings.register_profile("mmfm", deadline=None)  # the first example of a test pays for compiling
 settings.load_profile("mmfm")
+ROOM_BYTES = 3 * 2**29
 
 
 SMALL = {

@@ -11,12 +11,12 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmfm_jax.bench import monai_loader
+from mmfm_jax.bench.cores import core_seconds
 from mmfm_jax.bench.volumes import SCHEMA, ct_studies
 from mmfm_jax.data.feed.example import Drawn, Samples
 from mmfm_jax.data.feed.order import training_rows
@@ -105,7 +106,8 @@ class Reading:
         spec = make_spec(inputs, self.store.schema, self.store.stats, tokenizer, self.store.windows(inputs.images))
         self.samples = Samples(self.store, inputs, spec, tokenizer)
         self.order = training_rows(self.samples, "train", experiment.seed)
-        self.size, self.threads, self.ahead = experiment.train.batch_size, data.reader_threads, data.prefetch_batches
+        self.size, self.threads, self.workers = experiment.train.batch_size, data.reader_threads, data.workers
+        self.ahead = max(data.prefetch_batches, 2 * data.workers)
 
     def bytes_of_crop(self) -> float:
         """Mean over the images of the first batch."""
@@ -119,7 +121,14 @@ class Reading:
     def batches(self, start: int, steps: int) -> Iterator[int]:
         """The crops of each batch as it comes, once the pipeline is running."""
         batches = local_batches(
-            self.order, self.size, np.arange(self.size), start, self.threads, self.ahead, self.samples.packed
+            self.order,
+            self.size,
+            np.arange(self.size),
+            start,
+            self.threads,
+            self.ahead,
+            self.samples.packed,
+            self.workers,
         )
         for _ in range(self.ahead + 1):  # what is read ahead before the clock starts
             next(batches)
@@ -145,12 +154,12 @@ class Reading:
             yield 1
 
     def _drawn(self, index: int) -> Drawn:
-        return cast(Drawn, self.order[index])
+        return self.order[index]
 
     def _array(self, index: int, role: str) -> ts.TensorStore:
         drawn = self._drawn(index)
         box = drawn.boxes[role]
-        return self.store.inside(role, int(drawn.rest.study), box.start, box.size)
+        return self.store.inside(role, drawn.row, box.start, box.size)
 
 
 def measure(experiment: Experiment, rounds: int, place: Path, monai_workers: int) -> dict[str, Any]:
@@ -178,6 +187,7 @@ def measure(experiment: Experiment, rounds: int, place: Path, monai_workers: int
         "pipeline": {"batches_per_second": pipeline.crops_per_second / reading.size, **vars(pipeline)},
         "ceiling": vars(ceiling),
         "share_of_ceiling": median(a[0] / b[0] for a, b in zip(turns["pipeline"], turns["ceiling"])),
+        "doubt": doubt([a[0] / b[0] for a, b in zip(turns["pipeline"], turns["ceiling"])]),
         "share_of_ceiling_each": [a[0] / b[0] for a, b in zip(turns["pipeline"], turns["ceiling"])],
         "monai": monai,
         "without_monai": why_not,
@@ -204,9 +214,9 @@ def _steps(reading: Reading) -> int:
 def _timed(turn: Iterator[int]) -> tuple[float, float]:
     """Crops a second, and seconds of a core a crop, from the first thing that a turn yields to its last."""
     crops = next(turn)
-    started = ended = (time.perf_counter(), time.process_time())
+    started = ended = (time.perf_counter(), core_seconds())
     for more in turn:
-        crops, ended = crops + more, (time.perf_counter(), time.process_time())
+        crops, ended = crops + more, (time.perf_counter(), core_seconds())
     return crops / (ended[0] - started[0]), (ended[1] - started[1]) / crops
 
 
@@ -245,6 +255,18 @@ def _monai(reading: Reading, place: Path, workers: int) -> tuple[dict[str, Any] 
     return {name: {"crops_per_second": r, "megabytes_per_second": r * float(size)} for name, r in rates.items()}, None
 
 
+def doubt(shares: Sequence[float]) -> str | None:
+    """Why the shares of the ceiling that the turns gave say little; None when nothing speaks against them."""
+    if max(shares) > 1:
+        return (
+            "No pipeline is faster than its reads: above 100% other work on the machine slowed the ceiling's turns, or "
+            "the crops are of one array, which the pipeline reads together and the ceiling one by one."
+        )
+    if max(shares) > 1.5 * min(shares):
+        return "The turns differ by more than half, so other work on the machine met them; repeat it on an idle one."
+    return None
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -254,7 +276,7 @@ def report(found: dict[str, Any]) -> Table:
     table = Table(
         title=f"{found['experiment']}: {found['batch_size']} studies a batch on {found['cores']} cores",
         caption=f"The pipeline reaches {100 * found['share_of_ceiling']:.0f}% of the ceiling, the median of "
-        f"{len(found['share_of_ceiling_each'])} turns. "
+        f"{len(found['share_of_ceiling_each'])} turns. {found['doubt'] or ''} "
         + (f"MONAI is left out: {found['without_monai']}." if not monai else ""),
     )
     for name in ("", "batches/s", "crops/s", "MB/s", "core-ms a crop", "pipeline is"):

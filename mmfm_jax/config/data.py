@@ -73,6 +73,10 @@ class DataConfig(Config):
     augment: Augment = Augment()
     reader_threads: PositiveInt = 8
     """Threads that read and crop studies ahead of the step; they change the speed, never the batches."""
+    workers: Count = 0
+    """Processes that read studies, with those threads shared out; 0 reads in this one. For studies that one
+    process of Python cannot read fast enough, such as films: each takes some 150 MB, `cache_bytes` and two batches.
+    They change the speed, never the batches."""
     prefetch_batches: PositiveInt = 4
     """Batches held ready on the host."""
     cache_bytes: Count = 128 * 2**20

@@ -72,6 +72,14 @@ class OptimizerConfig(Config):
     """Largest global norm of the gradient."""
 
 
+class ProfileConfig(Config):
+    """A trace of some steps for XProf or Perfetto, written to `profile/` in the run's folder by `jax.profiler`."""
+
+    start: PositiveInt
+    """First step that is traced; a run that goes on after it traces none."""
+    steps: PositiveInt = 3
+
+
 class TrainConfig(Config):
     steps: PositiveInt
     batch_size: PositiveInt
@@ -88,6 +96,15 @@ class TrainConfig(Config):
     validate_batches: PositiveInt = 4
     stall_minutes: PositiveFloat = 10.0
     """Minutes without a step that ends, after which each process says so and writes its Python stacks to the run."""
+    profile: ProfileConfig | None = None
+    """Steps to trace, if any."""
+
+
+HIGHER, LOWER = (
+    {"accuracy", "auc", "auprc", "auroc", "bleu", "dice", "f1", "iou", "precision", "psnr", "recall", "ssim"},
+    {"error", "loss", "mae", "mse", "nll", "perplexity", "rmse"},
+)
+"""Words of a metric's last name that say which way is better."""
 
 
 class CheckpointConfig(Config):
@@ -96,4 +113,20 @@ class CheckpointConfig(Config):
     keep: PositiveInt = 2
     """Latest checkpoints kept, besides the best."""
     best: str | None = "validation/loss"
-    """Validation metric whose lowest checkpoint is kept too (`null`: none)."""
+    """Validation metric whose best checkpoint is kept too (`null`: none)."""
+    best_mode: Literal["auto", "min", "max"] = "auto"
+    """Whether the lowest or the highest is best; auto knows losses, accuracies and the like by their names."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.best_mode == "max" or (self.best_mode == "auto" and bool(self._words() & HIGHER))
+
+    def _words(self) -> set[str]:
+        return set((self.best or "").rpartition("/")[2].split("_"))
+
+    @model_validator(mode="after")
+    def _direction_is_known(self):
+        known = bool(self._words() & HIGHER) != bool(self._words() & LOWER)
+        if self.best and self.best_mode == "auto" and not known:
+            raise ValueError(f"whether a high or a low {self.best} is better is not known; set best_mode to min or max")
+        return self

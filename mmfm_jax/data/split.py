@@ -37,12 +37,12 @@ def pseudonym(patient_id: str, key: str) -> str:
     return digest(patient_id, key, "patient").hex()[:32]
 
 
-def in_share(patient: str, share: float) -> bool:
-    """Whether a patient is of the `share` (0 to 1) of all patients; who is of a share is of every larger one.
+def share_of(patient: str) -> int:
+    """A patient's place among all, 0 to 2^32 - 1, by a hash of the pseudonym, so it stays when others are added.
 
-    By a hash of the pseudonym, so it stays when others are added.
+    The patients below share * 2^32 are a share, and of every larger one.
     """
-    return int.from_bytes(digest(patient, "mmfm", "share")[:8], "big") / 2**64 < share
+    return int.from_bytes(digest(patient, "mmfm", "share")[:4], "big")
 
 
 def fingerprint(key: str) -> str:

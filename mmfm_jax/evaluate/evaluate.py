@@ -84,7 +84,9 @@ def measure_run(trained: TrainedRun, store: StudyStore | StoreMix, samples: Samp
     def split(name: str, limit: int | None = None) -> Split:
         devices = jax.local_device_count()
         batch_size = -(-config.batch_size // devices) * devices
-        batches = evaluation_batches(samples, name, batch_size, np.arange(batch_size), limit)
+        batches = evaluation_batches(
+            samples, name, batch_size, np.arange(batch_size), limit, workers=experiment.data.workers
+        )
         studies = len(store.rows(name)[:limit])
         progress = track(batches, f"{name} studies", -(-studies // batch_size), console=console, transient=True)
         return collect(extract, progress, store.patients)

@@ -22,8 +22,8 @@ BOOSTING_CATEGORIES = 255  # scikit-learn's limit to a column treated as categor
 
 
 def linear_probes(train: Split, test: Split, label: str, classes: int, denied: View) -> dict[str, LogProbability]:
-    """Logistic regression on the frozen fused features of the view that lacks the `denied` modalities, and of those that
-    lack one more; `{}` when training holds less than two classes."""
+    """Logistic regression on the frozen fused features of the view that lacks the `denied` modalities, and of those
+    that lack one more; `{}` when training holds less than two classes."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

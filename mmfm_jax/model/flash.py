@@ -74,14 +74,14 @@ def forward(kernel: Kernel, causal: bool, q, k, v, segments: Segments) -> Attend
     """Attention [batch, query, heads, head] of `q` over `k` and `v`."""
     if kernel == "splash":
         return _splash_forward(causal, q, k, v, segments)
-    cut, join = _pieces(q.shape, k.shape[1])
+    pieces = Pieces.of(q.shape, k.shape[1])
 
     def piece(given):
         first, q, of_queries = given
         return _xla_forward(causal, first, q, k, v, Segments(of_queries, segments.keys))
 
-    done = jax.lax.map(piece, (cut(jnp.arange(q.shape[1])[None])[:, 0, 0], cut(q), cut(segments.queries)))
-    return Attended(join(done.out), join(done.log_sum.swapaxes(2, 3)).swapaxes(1, 2))
+    done = jax.lax.map(piece, (pieces.firsts, pieces.cut(q), pieces.cut(segments.queries)))
+    return Attended(pieces.join(done.out), pieces.join(done.log_sum.swapaxes(2, 3)).swapaxes(1, 2))
 
 
 def backward(
@@ -90,7 +90,7 @@ def backward(
     """Gradients of q, k and v, given attention over all keys, of which `k` may be a part, and its gradient."""
     if kernel == "splash":
         return _splash_backward(causal, q, k, v, segments, whole, gradient)
-    cut, join = _pieces(q.shape, k.shape[1])
+    pieces = Pieces.of(q.shape, k.shape[1])
     inner = jnp.einsum("bqhd,bqhd->bqh", gradient, whole.out, preferred_element_type=jnp.float32)
     by_query = (q, gradient, whole.log_sum.swapaxes(1, 2), inner)
 
@@ -101,27 +101,42 @@ def backward(
         return jax.tree.map(jnp.add, total, tuple(per_key)), dq
 
     zeros = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-    firsts = cut(jnp.arange(q.shape[1])[None])[:, 0, 0]
-    (dk, dv), dq = jax.lax.scan(piece, zeros, (firsts, jax.tree.map(cut, by_query), cut(segments.queries)))
-    return join(dq), dk, dv
+    # Queries that fill up the last piece have a gradient of zero, and so has what they attended to.
+    cut = (pieces.firsts, jax.tree.map(pieces.cut, by_query), pieces.cut(segments.queries))
+    (dk, dv), dq = jax.lax.scan(piece, zeros, cut)
+    return pieces.join(dq), dk, dv
 
 
 # ---------------------------------------------------------------- XLA, some queries at a time
 
 
-def _pieces(shape: tuple[int, ...], keys: int):
-    """Functions that cut axis 1, of queries, into pieces whose scores are at most SCORES, and that join them again."""
-    batch, queries, heads, _ = shape
-    fitting = (n for n in range(1, queries) if queries % n == 0 and batch * heads * queries * keys <= n * SCORES)
-    pieces = next(fitting, queries)
+class Pieces(NamedTuple):
+    """How axis 1, of queries, is cut so that the scores of a piece are at most SCORES; the last is filled up."""
 
-    def cut(x) -> Any:
-        return None if x is None else x.reshape(len(x), pieces, queries // pieces, *x.shape[2:]).swapaxes(0, 1)
+    queries: int
+    count: int
+    size: int
 
-    def join(x):
-        return x.swapaxes(0, 1).reshape(batch, queries, *x.shape[3:])
+    @classmethod
+    def of(cls, shape: tuple[int, ...], keys: int) -> Pieces:
+        batch, queries, heads, _ = shape
+        count = -(-queries // max(SCORES // (batch * heads * keys), 1))
+        return cls(queries, count, -(-queries // count))
 
-    return cut, join
+    @property
+    def firsts(self) -> jax.Array:
+        """The position of each piece's first query."""
+        return jnp.arange(self.count) * self.size
+
+    def cut(self, x) -> Any:
+        if x is None:
+            return None
+        x = _pad(x, self.count * self.size)
+        return x.reshape(len(x), self.count, self.size, *x.shape[2:]).swapaxes(0, 1)
+
+    def join(self, x):
+        x = x.swapaxes(0, 1)
+        return x.reshape(len(x), self.count * self.size, *x.shape[3:])[:, : self.queries]
 
 
 def _meet(causal: bool, first: Array | int, queries: int, keys: int, segments: Segments):

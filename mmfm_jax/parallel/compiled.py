@@ -23,7 +23,7 @@ def keep_compiled() -> str | None:
         return os.environ[VARIABLE] or None
     place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmfm_jax" / "compiled"
     if jax.default_backend() == "cpu":
-        place /= _processor()
+        place /= processor()
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError:  # a home that cannot be written to is no reason not to train
@@ -32,7 +32,7 @@ def keep_compiled() -> str | None:
     return str(place)
 
 
-def _processor() -> str:
+def processor() -> str:
     """A name for this kind of processor: a program compiled for another may hold instructions that this one lacks, and
     the folder may be shared between machines."""
     features = ""

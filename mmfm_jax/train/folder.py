@@ -5,6 +5,9 @@ inputs.json        shapes, vocabularies and normalisation that the model was bui
 tokenizer.json     Hugging Face format
 checkpoints/       orbax, a folder a step
 metrics.jsonl      one line a logged step
+.lock              held while a process trains into the folder
+steps-N/           the decay of a run of N steps that was prolonged: a run of its own, to evaluate
+profile/           a trace of some steps, by `train.profile`
 tensorboard/
 stalls/            Python stacks of each process that stood still
 evaluation.json, report.html   by `mmfm evaluate`
@@ -35,12 +38,15 @@ MAY_CHANGE = (  # what a run may go on with changed: none of it alters the mathe
     "data.mix.*.store",
     "data.reader_threads",
     "data.prefetch_batches",
+    "data.workers",
     "data.cache_bytes",
     "train.log_every",
     "train.validate_every",
     "train.validate_batches",
     "train.max_skipped",
     "train.stall_minutes",
+    "train.profile",
+    "train.steps",  # may grow where the schedule lets it (`prolong.py`)
 )
 
 

@@ -1,16 +1,26 @@
-"""`mmfm train`: from a configuration and a store to a trained run, or on from where the run stopped."""
+"""`mmfm train`: from a configuration and a store to a trained run, or on from where the run stopped.
+
+`train` puts the parts of a run together; `Loop` takes the steps, and knows no store, model or folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
 from rich.console import Console
 
+from mmfm_jax.config.training import TrainConfig
+from mmfm_jax.data.batch import Batch, InputSpec
 from mmfm_jax.data.feed.example import Samples
 from mmfm_jax.data.feed.order import training_rows
 from mmfm_jax.data.feed.pipeline import local_batches
@@ -24,17 +34,20 @@ from mmfm_jax.train.checkpoint import Checkpoints
 from mmfm_jax.train.clock import Clock
 from mmfm_jax.train.fit import check_fit
 from mmfm_jax.train.flops import step_flops
+from mmfm_jax.train.lock import RunLock
 from mmfm_jax.train.meter import Meter
-from mmfm_jax.train.optimizer import make_optimizer
+from mmfm_jax.train.optimizer import constant_until, make_optimizer
+from mmfm_jax.train.profile import Profiler
 from mmfm_jax.train.start import start_or_resume
-from mmfm_jax.train.state import initial_state, learner_shapes, state_shardings
-from mmfm_jax.train.step import jitted_step
+from mmfm_jax.train.state import TrainState, initial_state, learner_shapes, state_shardings
+from mmfm_jax.train.step import jitted_step, make_validation
 from mmfm_jax.train.stop import StopSignal
 from mmfm_jax.train.telemetry import Telemetry
 from mmfm_jax.train.validation import Validation
 from mmfm_jax.train.watchdog import Watchdog
 
 AHEAD = 2  # steps given to the device before the metrics of the first are read
+PROFILE = "profile"
 
 
 @dataclass(frozen=True)
@@ -53,116 +66,215 @@ def train(
 
     Raises UserError when configuration, store, mesh and run do not fit together, or gradients stay non-finite.
     """
-    run, console, clock = Path(run), console or Console(), clock or Clock()
+    run, console, clock, steps = Path(run), console or Console(), clock or Clock(), experiment.train.steps
     with clock("devices"):
         speaks = jax.process_index() == 0
         mesh = make_mesh(experiment.mesh)
-    config = experiment.train
     check_fit(experiment, mesh)
-    with clock("store"):
-        store = open_data(experiment.data)
-        spec, tokenizer = start_or_resume(experiment, store, run, speaks)
-        samples = Samples(store, experiment.inputs, spec, tokenizer, experiment.labels)
-    optimizer = make_optimizer(experiment.optimizer, config.steps)
-    graph, _ = learner_shapes(experiment, spec)
-    shapes = jax.eval_shape(lambda: initial_state(experiment, spec, optimizer))
-    shardings = state_shardings(shapes, mesh)
-    checkpoints = Checkpoints(run, experiment.checkpoint)
-    first = checkpoints.latest()
-    with clock("init" if first is None else "restore"), jax.set_mesh(mesh):
-        if first is None:
-            first = 0
-            state = jax.jit(lambda: initial_state(experiment, spec, optimizer), out_shardings=shardings)()
-        else:
-            state = checkpoints.restore(first, shapes, shardings)
-    if first >= config.steps:
-        console.print(f"{run}: is at step {first} of {config.steps}; nothing is left to train.", soft_wrap=True)
-        return Outcome(first, stopped=False)
-
-    rows = sharding.local_rows(config.batch_size, mesh)
-    data = local_batches(
-        training_rows(samples, "train", experiment.seed), config.batch_size, rows, first,
-        experiment.data.reader_threads, experiment.data.prefetch_batches, samples.packed,
-    )  # fmt: skip
-
-    def next_batch():
-        with clock("data"):
-            local = next(data)
-        return sharding.global_batch(local, rows, config.batch_size, mesh)
-
     with contextlib.ExitStack() as stack:
+        with clock("store"):
+            store = open_data(experiment.data)
+            lock = RunLock(run)
+            stack.callback(lock.close)
+            spec, tokenizer = start_or_resume(experiment, store, run, speaks, lock)
+            samples = Samples(store, experiment.inputs, spec, tokenizer, experiment.labels)
         stack.enter_context(jax.set_mesh(mesh))
-        stack.callback(data.close)
+        checkpoints = Checkpoints(run, experiment.checkpoint, constant_until(experiment.optimizer, steps))
         stack.callback(checkpoints.close)
-        telemetry = Telemetry(run, first, config.steps, console, speaks, clock)
+        first = checkpoints.latest() or 0
+        if first >= steps:
+            console.print(f"{run}: is at step {first} of {steps}; nothing is left to train.", soft_wrap=True)
+            return Outcome(first, stopped=False)
+        state, shardings = first_state(experiment, spec, mesh, checkpoints, clock)
+
+        batches = Batches(experiment, samples, mesh, first, clock)
+        stack.callback(batches.close)
+        telemetry = Telemetry(run, first, steps, console, speaks, clock)
         stack.callback(telemetry.close)
-        watchdog = Watchdog(run, config.stall_minutes, first, clock, warn)
+        watchdog = Watchdog(run, experiment.train.stall_minutes, first, clock, warn)
         stack.callback(watchdog.close)
         stopping = stack.enter_context(StopSignal())
 
-        batch = next_batch()
+        batch = next(batches)
+        graph, _ = learner_shapes(experiment, spec)
+        check_best(experiment, graph, spec, state.params, batch)
+        optimizer = make_optimizer(experiment.optimizer, steps)
         with clock("compile"):
             step = jitted_step(graph, experiment, spec, optimizer, shardings, mesh).lower(state, batch).compile()
-            flops = step_flops(graph, spec, shapes.params, batch)
+            flops = step_flops(graph, spec, state.params, batch)
             meet("step compiled")
-        validate = Validation(experiment, graph, samples, spec, mesh, rows)
-        meter = Meter(config.batch_size, flops, mesh)
-        in_flight: deque = deque()
-        validation: dict[str, float] = {}
+        profiler = Profiler(run / PROFILE, experiment.train.profile)
+        stack.callback(profiler.close)
+        branch = constant_until(experiment.optimizer, steps)
+        loop = Loop(
+            config=experiment.train,
+            saves=lambda number: number % experiment.checkpoint.every == 0 or number in (branch, steps),
+            step=step,
+            next_batch=batches.__next__,
+            validate=Validation(experiment, graph, samples, spec, mesh, batches.rows),
+            save=checkpoints.save,
+            stopped=stopping.reached,
+            telemetry=telemetry,
+            watchdog=watchdog,
+            profiler=profiler,
+            meter=Meter(experiment.train.batch_size, flops, mesh),
+            clock=clock,
+        )
+        last = loop.run(state, batch, first)
+        with clock("save"):
+            checkpoints.wait()
+        telemetry.finish(last)
+    if last < steps:
+        console.print(
+            f"Stopped at step {last} of {steps} and saved; the same command goes on from there.", soft_wrap=True
+        )
+    return Outcome(last, stopped=last < steps)
 
-        def settle(left: int) -> None:
-            """Reads the metrics of steps under way until `left` remain; logs and guards them."""
-            while len(in_flight) > left:
-                number, metrics = in_flight.popleft()
-                with clock("train"):
-                    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                telemetry.advance(number)
-                watchdog.ended(number)
-                if metrics["skipped_in_a_row"] >= config.max_skipped:
-                    raise UserError(
-                        f"train: the gradient was not finite in the last {config.max_skipped} steps (step {number}); "
-                        f"the checkpoints in {run} are sound; lower optimizer.learning_rate or look at the data"
-                    )
-                if number % config.log_every == 0 or number == config.steps:
-                    telemetry.log(number, metrics | meter.read(number, clock) | clock.shares())
 
-        meter.start(first, clock)
-        for number in range(first + 1, config.steps + 1):
-            watchdog.begins(number)
-            with clock("train"):
-                state, metrics = step(state, batch)
+def first_state(
+    experiment: Experiment, spec: InputSpec, mesh: Mesh, checkpoints: Checkpoints, clock: Clock
+) -> tuple[TrainState, TrainState]:
+    """The state that training starts from, restored or initial, in its shards; and the shardings of its leaves."""
+    optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
+
+    def initial() -> TrainState:
+        return initial_state(experiment, spec, optimizer)
+
+    shapes = jax.eval_shape(initial)
+    shardings = state_shardings(shapes, mesh)
+    step = checkpoints.latest()
+    if step is not None:
+        with clock("restore"):
+            return checkpoints.restore(step, shapes, shardings), shardings
+    with clock("init"):
+        return jax.jit(initial, out_shardings=shardings)(), shardings
+
+
+def check_best(experiment: Experiment, graph: Any, spec: InputSpec, params: Any, batch: Batch) -> None:
+    """Raises UserError when `checkpoint.best` is none of the metrics that validation gives; nothing is computed."""
+    best = experiment.checkpoint.best
+    validate = make_validation(graph, experiment, spec)
+
+    def metrics(params: Any, batch: Batch) -> Any:
+        return nnx.merge(graph, params).metrics(validate(params, batch, np.int32(1)))
+
+    names = sorted(f"validation/{name}" for name in jax.eval_shape(metrics, params, batch))
+    if best is not None and best not in names:
+        raise UserError(f"checkpoint.best: {best} is no metric of this run; there are {', '.join(names)}, or null")
+
+
+class Batches:
+    """The global batches of a run from a step on, in order and for ever."""
+
+    def __init__(self, experiment: Experiment, samples: Samples, mesh: Mesh, first: int, clock: Clock):
+        """`first`: steps that were taken before."""
+        self._size, self._mesh, self._clock = experiment.train.batch_size, mesh, clock
+        self.rows: np.ndarray = sharding.local_rows(self._size, mesh)
+        """Those of the global batch that this process reads."""
+        self._local = local_batches(
+            training_rows(samples, "train", experiment.seed), self._size, self.rows, first,
+            experiment.data.reader_threads, experiment.data.prefetch_batches, samples.packed,
+            experiment.data.workers,
+        )  # fmt: skip
+
+    def __next__(self) -> Batch:
+        with self._clock("data"):
+            local = next(self._local)
+        return sharding.global_batch(local, self.rows, self._size, self._mesh)
+
+    def close(self) -> None:
+        self._local.close()
+
+
+@dataclass
+class Loop:
+    """Takes steps, and logs, validates and saves between them."""
+
+    config: TrainConfig
+    saves: Callable[[int], bool]
+    """Whether a checkpoint is due after a step."""
+    step: Callable[[Any, Any], tuple[Any, dict[str, Any]]]
+    """From state and batch to the next state and metrics, which may still be under way when it returns."""
+    next_batch: Callable[[], Any]
+    validate: Callable[[Any], dict[str, float]]
+    """From parameters to metrics."""
+    save: Callable[[int, Any, dict[str, float]], None]
+    """Of a step, its state and, if it was validated, its validation metrics."""
+    stopped: Callable[[int], bool]
+    """Whether the run is to end after this step."""
+    telemetry: Telemetry
+    watchdog: Watchdog
+    profiler: Profiler
+    meter: Meter
+    clock: Clock
+
+    def run(self, state: Any, batch: Any, first: int) -> int:
+        """Takes the steps after `first`, of which `batch` is the next one's; returns the last one taken.
+
+        Raises UserError when the gradient was not finite `config.max_skipped` times in a row.
+        """
+        self._under_way: deque[tuple[int, dict[str, Any]]] = deque()
+        self.meter.start(first, self.clock)
+        for number in range(first + 1, self.config.steps + 1):
+            self.watchdog.begins(number)
+            self.profiler.starts(number)
+            with self.clock("train"):
+                state, metrics = self.step(state, batch)
                 if number == first + 1:
                     jax.block_until_ready(metrics)
             if number == first + 1:
-                telemetry.first_step_ended()
-            in_flight.append((number, metrics))
-            if number < config.steps:
-                batch = next_batch()
-            settle(AHEAD)
-            last, stopped = number == config.steps, stopping.reached(number)
-            if number % config.validate_every == 0 or last:
-                settle(0)
-                with clock("validate"):
-                    validation = validate(state.params if state.average is None else state.average)
-                telemetry.log(number, validation)
-                watchdog.ended(number)
-            if number % experiment.checkpoint.every == 0 or last or stopped:
-                settle(0)
-                measured = number % config.validate_every == 0 or last
-                with clock("save"):
-                    checkpoints.save(number, state, validation if measured else {})
-                watchdog.ended(number)
+                self.telemetry.first_step_ended()
+            self._under_way.append((number, metrics))
+            last = number == self.config.steps
+            if not last:
+                batch = self.next_batch()
+            self._settle(AHEAD)
+            if self.profiler.is_last(number):
+                self._settle(0)
+                self.profiler.close()
+            stopped = self.stopped(number)
+            measured = self._validate(number, state) if number % self.config.validate_every == 0 or last else {}
+            if self.saves(number) or stopped:
+                self._save(number, state, measured)
             if stopped:
                 break
-        with clock("save"):
-            checkpoints.wait()
-        telemetry.finish(number)
-    if stopped and number < config.steps:
-        console.print(
-            f"Stopped at step {number} of {config.steps} and saved; the same command goes on from there.",
-            soft_wrap=True,
-        )
-    return Outcome(number, stopped=number < config.steps)
+        return number
+
+    def _settle(self, left: int) -> None:
+        """Reads the metrics of steps under way until `left` remain; logs and guards them."""
+        while len(self._under_way) > left:
+            number, metrics = self._under_way.popleft()
+            with self.clock("train"):
+                metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            self.telemetry.advance(number)
+            self.watchdog.ended(number)
+            if metrics["skipped_in_a_row"] >= self.config.max_skipped:
+                raise UserError(
+                    f"train: the gradient was not finite in the last {self.config.max_skipped} steps (step {number}); "
+                    "the checkpoints before are sound; lower optimizer.learning_rate or look at the data"
+                )
+            if number % self.config.log_every == 0 or number == self.config.steps:
+                ended = max([number, *(later for later, its in self._under_way if is_ready(its))])
+                self.telemetry.log(number, metrics | self.meter.read(ended, self.clock) | self.clock.shares())
+
+    def _validate(self, number: int, state: Any) -> dict[str, float]:
+        self._settle(0)
+        with self.clock("validate"):
+            metrics = self.validate(state.params if state.average is None else state.average)
+        self.telemetry.log(number, metrics)
+        self.watchdog.ended(number)
+        return metrics
+
+    def _save(self, number: int, state: Any, measured: dict[str, float]) -> None:
+        self._settle(0)
+        with self.clock("save"):
+            self.save(number, state, measured)
+        self.watchdog.ended(number)
+
+
+def is_ready(metrics: dict[str, Any]) -> bool:
+    """Whether the step that gives these metrics has ended."""
+    return all(value.is_ready() for value in metrics.values())
 
 
 def warn(line: str) -> None:

@@ -18,14 +18,23 @@ class Meter:
         peak = peak_flops(mesh.devices.flat[0])
         self._peak = peak and peak * mesh.size
 
-    def start(self, step: int, clock: Clock) -> None:
-        self._step, self._time, self._seconds = step, time.perf_counter(), dict(clock.seconds)
+    def start(self, ended: int, clock: Clock) -> None:
+        """From here on it counts; `ended` is the newest step that has ended."""
+        self._ended, self._time, self._seconds = ended, time.perf_counter(), dict(clock.seconds)
 
-    def read(self, step: int, clock: Clock) -> dict[str, float]:
+    def read(self, ended: int, clock: Clock) -> dict[str, float]:
+        """Since the last reading, or nothing where no step has ended since.
+
+        `ended` is the newest step that has ended, not the one whose metrics are read: metrics of several steps are read
+        at once before a validation, and then a step would seem to take no time.
+        """
+        steps = ended - self._ended
+        if steps <= 0:
+            return {}
         spent = {name: clock.seconds[name] - self._seconds[name] for name in clock.seconds}
         busy = time.perf_counter() - self._time - spent["compile"] - spent["validate"] - spent["save"]
-        rate = (step - self._step) / busy
-        self.start(step, clock)
+        self.start(ended, clock)
+        rate = steps / busy
         speed = {
             "samples_per_second": rate * self._batch_size,
             "data_wait": spent["data"] / busy,

@@ -19,15 +19,27 @@ UPDATE_RMS = 0.2  # of Muon's update: about what AdamW's is, so that learning ra
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up, then cosine, or constant and linear decay (arXiv:2405.18392)."""
-    peak, last, warmup = config.learning_rate, config.learning_rate * config.final_fraction, config.warmup_steps
-    warmup = min(warmup, steps - 1)
+    peak, last, warmup = config.learning_rate, config.learning_rate * config.final_fraction, warmup_of(config, steps)
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     if config.schedule == "cosine":
         fall = optax.cosine_decay_schedule(peak, steps - warmup, config.final_fraction)
         return optax.join_schedules([rise, fall], [warmup])
-    decay = min(round(config.decay_fraction * steps), steps - warmup)
-    fall = optax.linear_schedule(peak, last, max(decay, 1))
-    return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, steps - decay])
+    end = constant_until(config, steps)
+    fall = optax.linear_schedule(peak, last, max(steps - end, 1))
+    return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, end])
+
+
+def warmup_of(config: OptimizerConfig, steps: int) -> int:
+    """Steps in which the learning rate rises."""
+    return min(config.warmup_steps, steps - 1)
+
+
+def constant_until(config: OptimizerConfig, steps: int) -> int:
+    """The last step whose update and those before it are the same in a longer run: of wsd that before the decay, of
+    cosine 0, since it falls from the end of the warm-up on."""
+    if config.schedule == "cosine":
+        return 0
+    return steps - min(round(config.decay_fraction * steps), steps - warmup_of(config, steps))
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

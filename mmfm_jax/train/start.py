@@ -13,18 +13,25 @@ from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel.processes import meet
 from mmfm_jax.train import folder
+from mmfm_jax.train.lock import LOCK, RunLock
+from mmfm_jax.train.prolong import check_steps, set_decay_aside
 from mmfm_jax.train.state import learner_shapes
 
 
 def start_or_resume(
-    experiment: Experiment, store: StudyStore | StoreMix, run: Path, writes: bool
+    experiment: Experiment, store: StudyStore | StoreMix, run: Path, writes: bool, lock: RunLock | None = None
 ) -> tuple[InputSpec, Tokenizer]:
-    """The specification and tokenizer of a run: those in its folder, or new ones written there by the first process."""
+    """The specification and tokenizer of a run: those in its folder, or new ones written there by the first process.
+
+    `lock` is taken once the run may go on, before anything is written.
+    """
     for split in ("train", "validation"):
         store.rows(split)
+    held = None
     if folder.exists(run):
         held, spec, tokenizer = folder.read(run)
         folder.check_same(run, held, experiment)
+        check_steps(run, held, experiment)
         now = make_spec(
             experiment.inputs, store.schema, store.stats, tokenizer, store.windows(experiment.inputs.images)
         )
@@ -42,7 +49,13 @@ def start_or_resume(
         )
         learner_shapes(experiment, spec)  # every task agrees with the inputs before anything is written
     meet("run folder read")
+    if lock:
+        lock.take()
+        if folder.exists(run) != (held is not None):
+            raise UserError(f"{run}: another run was started here at this moment; give another --run")
     if writes:
+        if held:
+            set_decay_aside(run, held, experiment)
         folder.write(run, experiment, spec, tokenizer)
     meet("run folder written")
     return spec, tokenizer
@@ -50,7 +63,7 @@ def start_or_resume(
 
 def _only_leftovers(run: Path) -> bool:
     """Whether a start that was cut off wrote all there is."""
-    ours = {folder.TOKENIZER, folder.INPUTS}
+    ours = {folder.TOKENIZER, folder.INPUTS, LOCK}
     return all(path.name in ours or path.name.endswith(".partial") for path in run.iterdir())
 
 

@@ -1,12 +1,16 @@
 """The bench reads with every loader the same crops of the same volumes, and says what it leaves out."""
 
 import json
+import subprocess
+import sys
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mmfm_jax.bench import data, monai_loader
+from mmfm_jax.bench.cores import core_seconds
 from mmfm_jax.cli import main
 from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.data.store.writer import write_store
@@ -65,6 +69,24 @@ def test_json_says_what_was_measured_and_what_was_not(experiment, tmp_path, monk
     assert len(found["share_of_ceiling_each"]) == 2
     main(["bench", "data", str(config), "--rounds", "1"])
     assert "MONAI is left out" in " ".join(capsys.readouterr().out.split())
+
+
+def test_cores_that_a_started_process_takes_are_counted():
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        before, deadline = core_seconds() - time.process_time(), time.monotonic() + 60
+        while core_seconds() - time.process_time() < before + 0.1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert core_seconds() - time.process_time() >= before + 0.1
+    finally:
+        busy.kill()
+        busy.wait()
+
+
+def test_a_share_that_cannot_be_is_doubted():
+    assert data.doubt([0.7, 0.8, 0.9]) is None
+    assert "differ by more than half" in str(data.doubt([0.3, 0.9, 0.3]))
+    assert "above 100%" in str(data.doubt([0.9, 2.87, 0.95]))
 
 
 @pytest.mark.parametrize(

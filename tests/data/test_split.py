@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmfm_jax.data.split import FRACTIONS, fingerprint, in_share, pseudonym, split_of
+from mmfm_jax.data.split import FRACTIONS, fingerprint, pseudonym, share_of, split_of
 from mmfm_jax.errors import UserError
 
 
@@ -34,7 +34,7 @@ def test_growing_the_last_share_moves_patients_only_out_of_the_one_before():
 def test_shares_of_patients_are_nested_in_proportion_and_say_nothing_of_the_split():
     n = 8000
     patients = [pseudonym(f"p{i}", "key") for i in range(n)]
-    of = {share: {p for p in patients if in_share(p, share)} for share in (0, 0.25, 0.5, 1)}
+    of = {share: {p for p in patients if share_of(p) < share * 2**32} for share in (0, 0.25, 0.5, 1)}
     assert not of[0] and of[0.25] < of[0.5] < of[1] == set(patients)
     for share, chosen in of.items():
         assert abs(len(chosen) / n - share) <= 4 * (share * (1 - share) / n) ** 0.5

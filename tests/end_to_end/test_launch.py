@@ -1,6 +1,5 @@
 """What a launcher and its operator see of a run: its outcome, where its start went, who stalls it, its goodput."""
 
-import json
 import os
 import signal
 import subprocess
@@ -16,17 +15,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def config(make_experiment, tmp_path_factory) -> Path:
+def config(make_tiny, tmp_path_factory) -> Path:
     """One task on the table alone, which compiles fast."""
     disease = {"disease": {"kind": "classification", "label": "disease"}}
-    experiment = make_experiment({"inputs.images": {}, "inputs.texts": {}, "tasks": disease})
+    experiment = make_tiny({"inputs.images": {}, "inputs.texts": {}, "tasks": disease})
     path = tmp_path_factory.mktemp("config") / "table.yaml"
     path.write_text(to_yaml(experiment))
     return path
-
-
-def lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def start(config, run, environment, *options: str) -> subprocess.Popen:
@@ -34,13 +29,13 @@ def start(config, run, environment, *options: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_run_tells_its_outcome_where_it_keeps_programs_and_where_its_time_went(config, environment, tmp_path):
+def test_a_run_tells_its_outcome_where_it_keeps_programs_and_where_its_time_went(config, environment, lines, tmp_path):
     without = {"JAX_COMPILATION_CACHE_DIR", "JAX_PLATFORMS"}  # a machine with libtpu and no TPU must choose the CPU
     mine = {name: value for name, value in environment.items() if name not in without}
     mine |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "MMFM_OUTCOME": str(tmp_path / "outcome")}
     options = ("--train.steps", "1000", "--train.validate-every", "1000", "--checkpoint.every", "1000")
     process = start(config, tmp_path / "run", mine, *options)
-    while process.poll() is None and not any("loss" in line for line in logged(tmp_path / "run")):
+    while process.poll() is None and not any("loss" in line for line in lines(tmp_path / "run")):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
@@ -65,20 +60,13 @@ def test_a_run_tells_its_outcome_where_it_keeps_programs_and_where_its_time_went
     assert abs(sum(shares.values()) - 1) < 1e-6 and shares["badput/down"] > 0 and shares["badput/restore"] > 0
 
 
-def logged(run: Path) -> list[dict]:
-    """Whole lines so far."""
-    path = run / "metrics.jsonl"
-    held = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in held if line.endswith("\n")]
-
-
-def test_a_stopped_process_of_two_is_named_and_the_run_goes_on_when_it_does(config, environment, tmp_path):
+def test_a_stopped_process_of_two_is_named_and_the_run_goes_on_when_it_does(config, environment, lines, tmp_path):
     run, port = tmp_path / "run", "29517"
     options = ("--train.steps", "2000", "--train.validate-every", "2000", "--train.stall-minutes", str(3 / 60))
     group = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "MMFM_CPU_DEVICES": "2"}
     both = [start(config, run, environment | group | {"JAX_PROCESS_ID": str(i)}, *options) for i in range(2)]
     try:
-        while all(process.poll() is None for process in both) and not any(line["step"] > 2 for line in logged(run)):
+        while all(process.poll() is None for process in both) and not any(line["step"] > 2 for line in lines(run)):
             time.sleep(0.05)
         stacks = run / "stalls" / "process-0.txt"
 
@@ -91,9 +79,9 @@ def test_a_stopped_process_of_two_is_named_and_the_run_goes_on_when_it_does(conf
         while stalls() == before and time.monotonic() < deadline:
             time.sleep(0.1)
         time.sleep(0.5)
-        before = logged(run)[-1]["step"]
+        before = lines(run)[-1]["step"]
         os.kill(both[1].pid, signal.SIGCONT)
-        while logged(run)[-1]["step"] < before + 5 and both[0].poll() is None:
+        while lines(run)[-1]["step"] < before + 5 and both[0].poll() is None:
             time.sleep(0.05)
         for process in both:
             process.send_signal(signal.SIGTERM)

@@ -1,6 +1,8 @@
-"""A run that is killed anywhere and started again ends bitwise where the uninterrupted one ends."""
+"""A run that is killed or stopped anywhere and started again ends bitwise where the uninterrupted one ends.
 
-import json
+With all that a state may hold: an average, Muon beside AdamW, moments in bfloat16, steps of two parts.
+"""
+
 import random
 import signal
 import subprocess
@@ -8,113 +10,129 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from mmfm_jax.train.checkpoint import Checkpoints, load_run
-from mmfm_jax.train.optimizer import make_optimizer
-from mmfm_jax.train.state import initial_state
+from mmfm_jax.experiment import to_yaml
+from mmfm_jax.train.checkpoint import load_run
+from mmfm_jax.train.lock import RunLock
 
-STEPS, KILLS = 40, 10
-OPTIONS = ("--train.steps", str(STEPS), "--checkpoint.every", "2", "--train.validate-every", "10")
-
-
-def final_leaves(run: Path) -> list[np.ndarray]:
-    trained = load_run(run)
-    checkpoints = Checkpoints(run, trained.experiment.checkpoint)
-    optimizer = make_optimizer(trained.experiment.optimizer, STEPS)
-    shapes = jax.eval_shape(lambda: initial_state(trained.experiment, trained.spec, optimizer))
-    state = checkpoints.restore(STEPS, shapes, None)
-    checkpoints.close()
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+STEPS = 60
+INTERRUPTIONS = ("kill", "kill in a save", "stop", "kill in a save", "kill")
 
 
-def history(run: Path) -> dict[int, tuple]:
-    """Batch and loss of each step logged; a step is logged once."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    assert len({line["step"] for line in steps}) == len(steps)
-    return {line["step"]: (line["batch_checksum"], line["loss"]) for line in steps}
+@pytest.fixture(scope="module")
+def config(make_tiny, tmp_path_factory) -> Path:
+    changes = {
+        "tasks": {
+            "masked": {"kind": "masked", "depth": 1},
+            "disease": {"kind": "classification", "label": "disease"},
+        },
+        "inputs.texts": {},
+        "optimizer": {"kind": "muon", "state_dtype": "bfloat16", "learning_rate": 3e-3, "warmup_steps": 4},
+        "train": {
+            "steps": STEPS, "batch_size": 16, "accumulate": 2, "ema_decay": 0.9, "log_every": 1, "validate_every": 10,
+            "validate_batches": 1,
+        },
+        "checkpoint": {"every": 2},
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("config") / "resume.yaml"
+    path.write_text(to_yaml(make_tiny(changes)))
+    return path
+
+
+def final_leaves(run: Path) -> dict[str, np.ndarray]:
+    with ocp.PyTreeCheckpointer() as plain:
+        held = plain.restore(run / "checkpoints" / str(STEPS) / "default")
+    return {name: np.asarray(leaf) for name, leaf in held.items()}
+
+
+@pytest.fixture(scope="module")
+def history(lines):
+    def read(run: Path) -> dict[int, tuple]:
+        """Batch and loss of each step logged; a step is logged once."""
+        steps = [line for line in lines(run) if "loss" in line]
+        assert len({line["step"] for line in steps}) == len(steps)
+        return {line["step"]: (line["batch_checksum"], line["loss"]) for line in steps}
+
+    return read
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(mmfm, config, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
-    done = mmfm("train", config, "--run", run, *OPTIONS)
+    done = mmfm("train", config, "--run", run)
     assert done.returncode == 0, done.stderr
     return run
 
 
-def start(config, run, environment) -> subprocess.Popen:
-    command = [sys.executable, "-m", "mmfm_jax.cli", "train", str(config), "--run", str(run), *OPTIONS]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def newest(lines, run: Path) -> int:
+    return max((line["step"] for line in lines(run)), default=0)
 
 
-def steps_logged(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_text().count('"loss"') if path.exists() else 0
-
-
-def kill_somewhere(process, run: Path, during_save: bool, rng: random.Random) -> bool:
-    """Sends SIGKILL once the process trains, at a random moment or while a checkpoint is being written."""
-    before, deadline = steps_logged(run), time.monotonic() + 120
-    while process.poll() is None and steps_logged(run) == before and time.monotonic() < deadline:
+def interrupt(process: subprocess.Popen, run: Path, how: str, lines, rng: random.Random) -> bool:
+    """Once the process has taken some steps, or while a checkpoint is being written; whether it was still alive."""
+    before = newest(lines, run)
+    until = before + rng.randint(1, 5)
+    while process.poll() is None and (newest(lines, run) < until or newest(lines, run) == before):
         time.sleep(0.002)
-    if during_save:
+    if how == "kill in a save":
         while process.poll() is None and not any((run / "checkpoints").glob("*orbax-checkpoint-tmp*")):
             time.sleep(0.0005)
-    else:
-        time.sleep(rng.uniform(0, 0.15))
     alive = process.poll() is None
-    process.kill()
-    process.communicate()
+    process.send_signal(signal.SIGTERM if how == "stop" else signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    if how == "stop" and alive:
+        assert process.returncode == 0, err
+        saved = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+        assert saved < STEPS and f"Stopped at step {saved} of {STEPS}" in out
+        assert "the same command goes on from there" in out
     return alive
 
 
-def test_resume_is_bitwise_equal_after_sigkill(mmfm, config, environment, uninterrupted, tmp_path):
-    run, rng, killed = tmp_path / "killed", random.Random(0), 0
-    for attempt in range(KILLS):
-        killed += kill_somewhere(start(config, run, environment), run, attempt % 2 == 1, rng)
-    assert killed >= KILLS - 2  # a slow machine may let a run finish; then there is nothing left to kill
-    done = mmfm("train", config, "--run", run, *OPTIONS)
+def test_resume_is_bitwise_equal_after_sigkill_and_sigterm(
+    mmfm, config, environment, uninterrupted, lines, history, tmp_path
+):
+    run, rng, interrupted = tmp_path / "killed", random.Random(0), 0
+    command = [sys.executable, "-m", "mmfm_jax.cli", "train", str(config), "--run", str(run)]
+    for how in INTERRUPTIONS:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        interrupted += interrupt(process, run, how, lines, rng)
+    assert interrupted >= 4  # a slow machine may let a run finish; then there is nothing left to interrupt
+    done = mmfm("train", config, "--run", run)
     assert done.returncode == 0, done.stderr
-    for a, b in zip(final_leaves(run), final_leaves(uninterrupted), strict=True):
-        np.testing.assert_array_equal(a, b)
+    mine, whole = final_leaves(run), final_leaves(uninterrupted)
+    assert mine.keys() == whole.keys()
+    assert {"bfloat16", "float32"} <= {str(leaf.dtype) for leaf in whole.values()}
+    assert any(name.startswith("average.") for name in whole) and any("muon" in name for name in whole)
+    for name in whole:
+        np.testing.assert_array_equal(mine[name], whole[name], err_msg=name)
     assert history(run) == history(uninterrupted)
 
 
-def test_sigterm_saves_says_how_to_go_on_and_the_run_ends_the_same(mmfm, config, environment, uninterrupted, tmp_path):
-    run = tmp_path / "stopped"
-    process = start(config, run, environment)
-    while process.poll() is None and steps_logged(run) < 3:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "the same command goes on from there" in out
-    saved = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
-    assert saved < STEPS and str(saved) in out
-    done = mmfm("train", config, "--run", run, *OPTIONS)
-    assert done.returncode == 0, done.stderr
-    for a, b in zip(final_leaves(run), final_leaves(uninterrupted), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 def test_a_finished_run_has_nothing_left_to_train(mmfm, config, uninterrupted):
-    done = mmfm("train", config, "--run", uninterrupted, *OPTIONS)
+    done = mmfm("train", config, "--run", uninterrupted)
     assert done.returncode == 0 and "nothing is left to train" in done.stdout
 
 
-def test_the_latest_checkpoints_and_the_best_are_kept_and_no_others(uninterrupted):
+def test_a_folder_in_which_a_run_trains_is_refused_with_status_2(mmfm, config, uninterrupted):
+    lock = RunLock(uninterrupted)
+    lock.take()
+    done = mmfm("train", config, "--run", uninterrupted)
+    lock.close()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"mmfm: {uninterrupted}: another run trains into this folder (process ")
+
+
+def test_the_latest_checkpoints_and_the_best_are_kept_and_no_others(uninterrupted, lines):
     kept = sorted(int(path.name) for path in (uninterrupted / "checkpoints").iterdir() if path.name.isdigit())
-    lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
-    validated = {line["step"]: line["validation/loss"] for line in lines if "validation/loss" in line}
-    best = min(validated, key=lambda step: validated[step])
+    validated = {line["step"]: line["validation/loss"] for line in lines(uninterrupted) if "validation/loss" in line}
+    best = min(validated, key=lambda step: (validated[step], -step))
     assert kept == sorted({best, STEPS - 2, STEPS})
     assert load_run(uninterrupted).step == best
 
 
-def test_the_run_learns(uninterrupted):
+def test_the_run_learns(uninterrupted, history):
     losses = [loss for _, (_, loss) in sorted(history(uninterrupted).items())]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])

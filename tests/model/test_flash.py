@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mmfm_jax.model import flash
 from mmfm_jax.model.attention import attention
@@ -74,17 +76,32 @@ def assert_equal(mine, reference, atol=3e-5):
         np.testing.assert_allclose(a, b, atol=atol, err_msg=name)
 
 
-CASES = [(24, 24, "none", False), (24, 24, "none", True), (24, 24, "packed", True)]
+CASES = [(24, 24, "none", False), (24, 24, "none", True)]
 CASES += [(queries, 24, mask, False) for queries in (24, 8) for mask in ("present", "packed")]
+CASES += [(23, 23, "packed", True), (23, 17, "none", False), (13, 23, "present", False)]  # the last piece is not full
 
 
 @pytest.mark.parametrize("queries, keys, mask, causal", CASES)
 def test_blocks_and_all_at_once_equal_float64(queries, keys, mask, causal, seed, monkeypatch):
-    monkeypatch.setattr(flash, "SCORES", 2 * 2 * 24 * 6)  # 6 queries at a time
+    monkeypatch.setattr(flash, "SCORES", 2 * 2 * keys * 6)  # 6 queries at a time
     inputs, weight, segments = draw(seed, queries, keys, mask)
     reference = plain(inputs, weight, segments, causal)
     for implementation in ("xla", "blocks"):
         assert_equal(got(inputs, weight, segments, causal, implementation), reference)
+
+
+@given(st.integers(1, 4), st.integers(1, 10**6), st.integers(1, 16), st.integers(1, 10**6))
+def test_no_more_pieces_are_made_than_the_scores_need(batch, queries, heads, keys):
+    count, size = flash.Pieces.of((batch, queries, heads, 64), keys)[1:]
+    per_query = batch * heads * keys
+    assert size == 1 or size * per_query <= flash.SCORES
+    assert count == 1 or (count - 1) * max(flash.SCORES // per_query, 1) < queries  # one fewer would be too large
+    assert 0 <= count * size - queries < count  # what is filled up is less than a query a piece
+
+
+def test_a_prime_number_of_queries_takes_as_many_pieces_as_its_neighbour():
+    prime, even = (flash.Pieces.of((16, tokens, 6, 64), tokens).count for tokens in (1733, 1728))
+    assert (prime, even) == (18, 18)
 
 
 @pytest.mark.parametrize(

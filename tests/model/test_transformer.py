@@ -17,6 +17,7 @@ from mmfm_jax.model.flash import Segments
 from mmfm_jax.model.transformer import REMAT, Transformer
 
 POLICIES = ["none", *REMAT]
+DEPTH = 3
 
 
 def program(width=32, **options):
@@ -35,9 +36,9 @@ def program(width=32, **options):
 
 @pytest.fixture(scope="module")
 def compiled():
-    """The loss with its gradient of eight blocks, by policy."""
+    """The loss with its gradient of a stack of blocks, by policy."""
     x = jax.ShapeDtypeStruct((2, 32, 32), jnp.float32)
-    programs = {policy: program(depth=8, remat=policy) for policy in POLICIES}
+    programs = {policy: program(depth=DEPTH, remat=policy) for policy in POLICIES}
     return {
         policy: jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, x).compile()
         for policy, (loss, params) in programs.items()
@@ -46,7 +47,7 @@ def compiled():
 
 def test_every_policy_gives_the_loss_and_the_gradients_of_none(compiled):
     rng = np.random.default_rng(0)
-    shapes, x = program(depth=8)[1], jnp.asarray(rng.normal(size=(2, 32, 32)), jnp.float32)
+    shapes, x = program(depth=DEPTH)[1], jnp.asarray(rng.normal(size=(2, 32, 32)), jnp.float32)
     params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
     loss, gradients = compiled["none"](params, x)
     assert all(float(jnp.abs(gradient).max()) > 1e-6 for gradient in jax.tree.leaves(gradients))
@@ -64,16 +65,17 @@ def test_a_policy_that_keeps_less_takes_less_memory(compiled):
 
 def test_the_attention_policy_keeps_the_output_of_each_attention_and_full_keeps_none():
     def kept(policy):
-        loss, params = program(depth=8, remat=policy)
+        loss, params = program(depth=DEPTH, remat=policy)
         traced = jax.make_jaxpr(jax.grad(loss))(params, jax.ShapeDtypeStruct((2, 16, 32), jnp.float32)).jaxpr
         forward = next(equation for equation in traced.eqns if equation.primitive.name == "scan")
         return [out.aval.shape for out in forward.outvars[1:]]
 
-    entered, attended = (8, 2, 16, 32), (8, 2, 16, 2, 16)
+    entered, attended = (DEPTH, 2, 16, 32), (DEPTH, 2, 16, 2, 16)
     assert kept("full") == [entered]
     found = kept("attention")
-    statistics = [shape for shape in found if np.prod(shape) <= 8 * 2 * 16 * 2]  # of norms: a number a token and head
-    assert len(statistics) == 7  # of three norms of the block, and two of queries and two of keys
+    numbers = DEPTH * 2 * 16 * 2  # one a token and head
+    statistics = [shape for shape in found if np.prod(shape) <= numbers]
+    assert len(statistics) == 7  # of norms: three of the block, and two of queries and two of keys
     rest = sorted(shape for shape in found if shape not in statistics)
     assert rest == sorted([entered, attended, attended])  # of itself, and of the memory
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from mmfm_jax.cli import main
 from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import validate
 from mmfm_jax.plan import lower, sweep
@@ -46,13 +47,18 @@ def tiny(**train):
     return validate(raw, "the test")
 
 
-def mmfm(tmp_path, *arguments, **environment):
-    """The command in a process of its own; JAX_PLATFORMS is not set, as for a user."""
+def written(tmp_path) -> str:
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(TINY))
-    held = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_", "XLA_"))}
+    return str(config)
+
+
+def mmfm(tmp_path, *arguments, **environment):
+    """The command in a process of its own; JAX_PLATFORMS is not set, as for a user."""
+    of_pods = ("JAX_PLATFORMS", "TPU_", "LIBTPU_")
+    held = {name: value for name, value in os.environ.items() if not name.startswith(of_pods)}
     return subprocess.run(
-        [sys.executable, "-m", "mmfm_jax.cli", "plan", str(config), *arguments],
+        [sys.executable, "-m", "mmfm_jax.cli", "plan", written(tmp_path), *arguments],
         env=held | environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
@@ -124,9 +130,18 @@ def test_a_step_that_does_not_fit_says_by_how_much_and_what_would_help(make_pod)
     ],
     ids=str,
 )
-def test_what_cannot_be_planned_is_one_sentence(tmp_path, arguments, said):
-    done = mmfm(tmp_path, *arguments)
-    assert done.returncode == 2 and said in done.stderr.splitlines()[-1], done.stderr
+@pytest.mark.usefixtures("make_pod")  # puts the environment back
+def test_what_cannot_be_planned_is_one_sentence(tmp_path, capsys, arguments, said):
+    with pytest.raises(SystemExit) as exit:
+        main(["plan", written(tmp_path), *arguments])
+    (told,) = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and told.startswith("mmfm: ") and said in told
+
+
+@needs_libtpu
+def test_a_process_that_cannot_plan_says_so_in_its_last_line(tmp_path):
+    done = mmfm(tmp_path, "--topology", "v5e:2x2", "--mesh.fsdp", "3")
+    assert done.returncode == 2 and "does not fit 4 devices" in done.stderr.splitlines()[-1], done.stderr
     assert done.stderr.count("mmfm:") == 1 and "Traceback" not in done.stderr
 
 

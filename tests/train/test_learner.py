@@ -141,7 +141,7 @@ QUESTION = {"label": "disease", "positive": ["large"], "negative": ["small"]}
         (
             "tasks.image_text.zero_shot.q",
             QUESTION | {"label": "x"},
-            "tasks.image_text.zero_shot.q.label: x is not a label",
+            "image_text.zero_shot.q.label: x is not a label",
         ),
         ("tasks.image_text.zero_shot.q", QUESTION | {"negative": []}, "zero_shot.q.negative"),
         ("tasks.image_table.zero_shot.q", QUESTION, "zero_shot compares images with prompts"),

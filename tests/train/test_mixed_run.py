@@ -47,5 +47,5 @@ def test_a_mixed_run_trains_and_resumes_bitwise(make_experiment, make_small_stor
     _, spec, tokenizer = folder.read(whole)
     store: Any = open_data(experiment.data)
     order: Any = training_rows(Samples(store, experiment.inputs, spec, tokenizer), "train", experiment.seed)
-    of = [store.stores[store.source(int(order[i].rest.study))].url for i in range(64)]
+    of = [store.stores[store.source(order[i].row)].url for i in range(64)]
     assert of.count(experiment.data.mix["near"].store) == 48

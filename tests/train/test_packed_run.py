@@ -11,7 +11,7 @@ from mmfm_jax.data.feed.order import training_rows
 from mmfm_jax.data.feed.pipeline import local_batches
 from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.errors import UserError
-from mmfm_jax.evaluate.report import middle_slice
+from mmfm_jax.evaluate.pictures import middle_slice
 from mmfm_jax.train import folder
 from mmfm_jax.train.loop import train
 

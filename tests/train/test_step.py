@@ -174,7 +174,7 @@ def test_counting_what_a_batch_holds_costs_no_products(make_experiment, material
     def products(parts: int) -> int:
         experiment = make_experiment({**ONE_TASK, "train.accumulate": parts})
         _, state, step = build(experiment, material.spec)
-        return step.lower(state, material.batch).compile().as_text().count(" dot(")
+        return str(step.lower(state, material.batch).compile().as_text()).count(" dot(")
 
     assert products(2) == products(1) > 50
 

@@ -6,14 +6,18 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 
 from mmfm_jax.config.inputs import ImageInput, Inputs
-from mmfm_jax.data.batch import (
+from mmfm_jax.data.feed import packing, resample
+from mmfm_jax.data.feed.foreground import centre, check
+from mmfm_jax.data.feed.tokenizer import Tokenizer
+from mmfm_jax.data.parts import (
+    PAD,
     Batch,
     ImagePart,
     ImageShape,
@@ -23,10 +27,8 @@ from mmfm_jax.data.batch import (
     PackedShape,
     TablePart,
     TextPart,
+    map_arrays,
 )
-from mmfm_jax.data.feed import packing, resample
-from mmfm_jax.data.feed.foreground import centre, check
-from mmfm_jax.data.feed.tokenizer import PAD, Tokenizer
 from mmfm_jax.data.store.mix import StoreMix
 from mmfm_jax.data.store.study_store import StudyStore
 
@@ -45,54 +47,44 @@ class Box:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A study with everything drawn and all but its voxels read."""
+    """A study with everything drawn and all but its voxels read; what it lacks has no key."""
 
     samples: Samples
-    rest: Batch
-    """The study without its images."""
+    row: int
+    texts: dict[str, tuple[str, str]]
+    """By field, what is shown of a text, and the whole."""
+    values: dict[str, float | str]
+    labels: dict[str, int]
     boxes: dict[str, Box]
-    """By role, of the images that it has."""
 
     def read(self) -> Batch:
-        """The study with its voxels. Raises UserError when a file of the store is damaged."""
-        begun = self.begin({role: voxels[0] for role, voxels in self.samples.voxels(1).items()})
-        begun.wait()
-        return begun.study
+        """The study with its voxels, unbatched; images of packed roles are grids of patches, arrays [z, y, x, ...].
 
-    def begin(self, out: Mapping[str, np.ndarray]) -> Begun:
-        """Begins to read voxels into `out` [z, y, x, channel] by role, such as the study's place in a batch."""
-        samples, row = self.samples, int(self.rest.study)
-        waits = [samples.begin_image(role, row, self.boxes.get(role), voxels) for role, voxels in out.items()]
-        parts = {
-            role: ImagePart(
-                voxels,
-                np.asarray(box.spacing_mm if (box := self.boxes.get(role)) else (0, 0, 0), np.float32),
-                np.asarray(role in self.boxes),
-            )
-            for role, voxels in out.items()
-        }
-        packed = {role: samples.patches(role, row, self.boxes.get(role)) for role in samples.packed}
-        return Begun(replace(self.rest, images=parts, packed=packed), waits)
+        Raises UserError when a file of the store is damaged.
+        """
+        room = self.samples.room(1, {})
+        begun = self.samples.begin([self], room, 0)
+        begun.wait()
+        packed = {role: patches() for role, (patches,) in begun.patches.items()}
+        return replace(map_arrays(lambda array: array[0, ...], room), packed=packed)
 
 
 @dataclass(frozen=True)
 class Begun:
-    """A study whose voxels are on their way."""
+    """Studies whose voxels are on their way."""
 
-    study: Batch
     waits: list[Callable[[], None]]
+    patches: dict[str, list[Callable[[], PackedPart]]]
+    """By packed role, what waits for the grid of patches of each study."""
 
     def wait(self) -> None:
-        """Until the voxels are there. Raises what reading them raises."""
+        """Until the voxels of unpacked roles are there. Raises what reading them raises."""
         for wait in self.waits:
             wait()
 
 
 class Samples:
-    """Studies of a store as unbatched `Batch`es: cropped, tokenized and indexed, values still raw.
-
-    An image of a packed role is a grid of patches, as many as it fills: its arrays are [z, y, x, ...].
-    """
+    """Studies of a store: cropped, tokenized and indexed, values still raw. Pickles as what it is made of."""
 
     def __init__(
         self,
@@ -127,17 +119,13 @@ class Samples:
         """The study at `row` but for its voxels: where they will be read is drawn, and they are not read yet."""
         row = int(row)
         texts, values, labels = self.store.table(row)
-        boxes = {role: box for role in self._unpacked if (box := self._box(role, row, rng))}
-        drawn = Batch(
-            study=np.asarray(row, np.int32),
-            images={},
-            texts={field: self._text(field, texts.get(field, ()), rng) for field in self.spec.texts},
-            table=self._table(values),
-            labels={name: _label(labels.get(name)) for name in self.labels},
-            source=self._source(row),
-        )
-        boxes |= {role: box for role in self.packed if (box := self._box(role, row, rng))}
-        return Drawn(self, drawn, boxes)
+        drawn = {
+            field: _drawn(held, self.inputs.texts[field].sentence_keep, rng)
+            for field in self.spec.texts
+            if (held := texts.get(field))
+        }
+        boxes = {role: box for role in self.spec.images if (box := self._box(role, row, rng))}
+        return Drawn(self, row, drawn, values, labels, boxes)
 
     def readings(self, row: int) -> list[dict[str, str]]:
         """The words of the study at `row`, by field: first the first text of each field, then the second, and so on."""
@@ -148,34 +136,87 @@ class Samples:
 
     def absent(self) -> Drawn:
         """A study of which everything is missing, to fill up a batch."""
-        nothing = Batch(
-            study=np.asarray(ABSENT, np.int32),
-            images={},
-            texts={field: self._text(field, (), None) for field in self.spec.texts},
-            table=self._table({}),
-            labels={name: _label(None) for name in self.labels},
-            source=self._source(0),
-        )
-        return Drawn(self, nothing, {})
+        return Drawn(self, ABSENT, {}, {}, {}, {})
 
-    def voxels(self, studies: int) -> dict[str, np.ndarray]:
-        """Room for the images of so many studies, by role, in raw dtype; what stands there is not set."""
-        shapes = {role: self.spec.images[role] for role in self._unpacked}
-        return {
-            role: np.empty((studies, *shape.raw, shape.channels), self._dtype(role)) for role, shape in shapes.items()
+    # ------------------------------------------------------------ batches
+
+    def batch(self, drawn: Sequence[Drawn], packed: Mapping[str, PackedShape]) -> Batch:
+        """Studies side by side, with their voxels."""
+        room = self.room(len(drawn), packed)
+        self.join([self.begin(drawn, room, 0)], room)
+        return room
+
+    def room(self, studies: int, packed: Mapping[str, PackedShape], allocate: Callable[..., np.ndarray] = np.empty):
+        """A batch of so many studies, of arrays that `allocate(shape, dtype)` gives; what stands there is not set.
+
+        `packed`: how packed roles share rows of tokens; those that are not named are left out.
+        """
+        spec = self.spec
+
+        def some(*each: int, dtype: Any) -> Any:
+            return allocate((studies, *each), dtype)
+
+        images = {
+            role: ImagePart(
+                some(*shape.raw, shape.channels, dtype=self._dtype(role)),
+                some(3, dtype=np.float32),
+                some(dtype=bool),
+            )
+            for role, shape in spec.images.items()
+            if role not in self.packed
         }
+        return Batch(
+            study=some(dtype=np.int32),
+            images=images,
+            texts={
+                field: TextPart(some(length, dtype=np.int32), some(dtype=bool), some(2, dtype=np.uint32))
+                for field, length in spec.texts.items()
+            },
+            table=TablePart(
+                some(len(spec.numbers), dtype=np.float32),
+                some(len(spec.numbers), dtype=bool),
+                some(len(spec.categories), dtype=np.int32),
+                some(len(spec.categories), dtype=bool),
+            ),
+            labels={name: LabelPart(some(dtype=np.int32), some(dtype=bool)) for name in self.labels},
+            packed={
+                role: packing.room(studies, pack, spec.images[role].voxels_of_patch, self._dtype(role), allocate)
+                for role, pack in packed.items()
+            },
+            source=some(dtype=np.int32) if isinstance(self.store, StoreMix) else None,
+        )
+
+    def begin(self, drawn: Sequence[Drawn], room: Batch, first: int) -> Begun:
+        """Writes studies into a batch, from place `first` on, and begins to read their voxels there."""
+        place = slice(first, first + len(drawn))
+        room.study[place] = [study.row for study in drawn]
+        if room.source is not None:
+            room.source[place] = [self._source(study.row) or 0 for study in drawn]
+        for field, text in room.texts.items():
+            self._texts([study.texts.get(field) for study in drawn], map_arrays(lambda array: array[place], text))
+        self._table([study.values for study in drawn], map_arrays(lambda array: array[place], room.table))
+        for name, label in room.labels.items():
+            label.value[place] = [study.labels.get(name, 0) for study in drawn]
+            label.present[place] = [name in study.labels for study in drawn]
+        waits = [wait for role, part in room.images.items() for wait in self._begin_images(role, drawn, part, first)]
+        patches = {role: [self._begin_patches(role, study) for study in drawn] for role in self.packed}
+        return Begun(waits, patches)
+
+    def join(self, begun: Sequence[Begun], room: Batch) -> None:
+        """Waits until the voxels of a batch are there, and packs its patches. Raises what reading them raises."""
+        for some in begun:
+            some.wait()
+        for role, part in room.packed.items():
+            grids = [patches() for some in begun for patches in some.patches[role]]
+            packing.pack(grids, part.studies, part.patches.shape[1], part)
 
     @property
     def whole(self) -> dict[str, PackedShape]:
         """How evaluation packs: a study a row, with room for the largest crop, so none depends on its neighbours."""
         return {role: PackedShape(studies=1, tokens=math.prod(self.spec.images[role].grid)) for role in self.packed}
 
-    @property
-    def _unpacked(self) -> list[str]:
-        return [role for role in self.spec.images if role not in self.packed]
-
-    def _source(self, row: int) -> np.ndarray | None:
-        return np.asarray(self.store.source(row), np.int32) if isinstance(self.store, StoreMix) else None
+    def _source(self, row: int) -> int | None:
+        return self.store.source(row) if isinstance(self.store, StoreMix) and row != ABSENT else None
 
     def _shape(self, role: str, row: int) -> ImageShape:
         shape = self.spec.images[role]
@@ -208,49 +249,76 @@ class Samples:
         z, y, x = start
         return Box((z, y, x), size, spacing_mm)
 
-    def begin_image(self, role: str, row: int, box: Box | None, out: np.ndarray) -> Callable[[], None]:
-        """Begins to read the voxels of a box into `out`, zeros for None; returns what waits for them."""
-        if box is None:
-            out[...] = 0
-            return lambda: None
+    def _begin_images(
+        self, role: str, drawn: Sequence[Drawn], part: ImagePart, first: int
+    ) -> Iterator[Callable[[], None]]:
+        """Begins to read the images of a role; gives what waits for them. Equal boxes are one read if they can be."""
+        voxels, room = np.asarray(part.voxels), self.spec.images[role].raw
+        alike: dict[tuple, list[int]] = {}
+        for at, study in enumerate(drawn, first):
+            box = study.boxes.get(role)
+            part.present[at] = box is not None
+            part.spacing_mm[at] = box.spacing_mm if box else 0
+            if box is None:
+                voxels[at] = 0
+            else:
+                together = (self._source(study.row), box.start) if box.size == room else (at,)
+                alike.setdefault(together, []).append(at)
+        for places in alike.values():
+            rows = [drawn[at - first].row for at in places]
+            box = drawn[places[0] - first].boxes[role]
+            wait = self.store.begin_crops(voxels, places, role, rows, box.start) if box.size == room else None
+            if wait:
+                yield wait
+            else:
+                for at, row in zip(places, rows):
+                    yield self._begin_image(role, row, drawn[at - first].boxes[role], voxels[at])
+
+    def _begin_image(self, role: str, row: int, box: Box, out: np.ndarray) -> Callable[[], None]:
+        """Begins to read the voxels of a box into `out`; returns what waits for them."""
         fill = self._fill(role, row)
         if box.size != out.shape[:3]:  # in the middle, of one parity with it
             out[...] = fill
             out = out[tuple(slice((room - n) // 2, (room + n) // 2) for room, n in zip(out.shape, box.size))]
         return self.store.begin_crop(out, role, row, box.start, fill=fill)
 
-    def patches(self, role: str, row: int, box: Box | None) -> PackedPart:
-        """A grid of as many patches as the image fills, at most those of the largest crop."""
-        shape, config = self._shape(role, row), self.inputs.images[role].pack
+    def _begin_patches(self, role: str, study: Drawn) -> Callable[[], PackedPart]:
+        """Begins to read an image; what is returned gives the grid of as many patches as it fills."""
+        config, box = self.inputs.images[role].pack, study.boxes.get(role)
         if box is None or config is None:
-            return packing.nothing(shape, self._dtype(role))
-        voxels = self.store.crop(role, row, box.start, box.size, fill=self._fill(role, row))
-        return packing.cut(voxels, box.spacing_mm, shape, config.trim)
+            return lambda: packing.nothing(self.spec.images[role], self._dtype(role))
+        shape = self._shape(role, study.row)
+        voxels = np.empty((*box.size, shape.channels), self._dtype(role))
+        wait = self.store.begin_crop(voxels, role, study.row, box.start, fill=self._fill(role, study.row))
+
+        def patches() -> PackedPart:
+            wait()
+            return packing.cut(voxels, box.spacing_mm, shape, config.trim)
+
+        return patches
 
     def _fill(self, role: str, row: int) -> float:
         """Raw value of padding: the one nearest to the low end of the window, so it is 0 once windowed."""
         return _nearest(self._shape(role, row).window[0], self._dtype(role))
 
-    def _text(self, field: str, texts: Sequence[str], rng: np.random.Generator | None) -> TextPart:
-        length = self.spec.texts[field]
-        if not texts:
-            return TextPart(np.full(length, PAD, np.int32), np.asarray(False), np.zeros(2, np.uint32))
-        text = texts[0] if rng is None else texts[int(rng.integers(len(texts)))]
-        shown = text if rng is None else _some_sentences(text, self.inputs.texts[field].sentence_keep, rng)
-        tokens = self.tokenizer.encode(shown, length)
+    def _texts(self, texts: Sequence[tuple[str, str] | None], part: TextPart) -> None:
+        held = {i: text for i, text in enumerate(texts) if text}
+        part.tokens[...], part.digest[...] = PAD, 0
+        if held:
+            shown, whole = zip(*held.values())
+            part.tokens[[*held]] = self.tokenizer.encode_batch(shown, part.tokens.shape[1])
+            part.digest[[*held]] = [digest(text) for text in whole]
         # A foreign tokenizer may have no start token; then an empty text has nothing to attend to and counts as absent.
-        return TextPart(tokens, np.asarray((tokens != PAD).any()), digest(text))
+        part.present[...] = (part.tokens != PAD).any(1)
 
-    def _table(self, values: dict[str, float | str]) -> TablePart:
-        numbers = [values.get(name) for name in self.spec.numbers]
+    def _table(self, rows: Sequence[dict[str, float | str]], part: TablePart) -> None:
+        numbers = [[row.get(name) for name in self.spec.numbers] for row in rows]
         # A value outside the vocabulary that the model was built with is as good as missing.
-        codes = [self._codes[name].get(values.get(name)) for name in self.spec.categories]
-        return TablePart(
-            numbers=np.array([0 if v is None else v for v in numbers], np.float32),
-            number_present=np.array([v is not None for v in numbers], bool),
-            categories=np.array([c or 0 for c in codes], np.int32),
-            category_present=np.array([c is not None for c in codes], bool),
-        )
+        codes = [[of.get(row.get(name)) for name, of in self._codes.items()] for row in rows]
+        part.numbers[...] = [[0 if v is None else v for v in row] for row in numbers]
+        part.number_present[...] = [[v is not None for v in row] for row in numbers]
+        part.categories[...] = [[c or 0 for c in row] for row in codes]
+        part.category_present[...] = [[c is not None for c in row] for row in codes]
 
 
 @functools.cache
@@ -261,20 +329,20 @@ def _nearest(value: float, dtype: str) -> float:
     return min(max(round(value), np.iinfo(dtype).min), np.iinfo(dtype).max)
 
 
-def _label(value: int | None) -> LabelPart:
-    return LabelPart(np.asarray(value or 0, np.int32), np.asarray(value is not None))
-
-
 def digest(text: str) -> np.ndarray:
     """64 bits of a text, uint32 [2]: equal for equal texts but for space at their ends."""
     return np.frombuffer(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), np.uint32)
 
 
-def _some_sentences(text: str, keep: float, rng: np.random.Generator) -> str:
-    """With `keep` below 1 some of the sentences of a text, at least one, in random order."""
+def _drawn(texts: Sequence[str], keep: float, rng: np.random.Generator | None) -> tuple[str, str]:
+    """What is shown of one of the texts, and the whole. Without `rng` all of the first; else with `keep` below 1
+    some of the sentences, at least one, in random order."""
+    if rng is None:
+        return texts[0], texts[0]
+    text = texts[int(rng.integers(len(texts)))] if len(texts) > 1 else texts[0]
     if keep == 1:
-        return text
+        return text, text
     sentences = _SENTENCE_END.split(text.strip())
     kept = rng.random(len(sentences)) < keep
     kept[rng.integers(len(sentences))] |= not kept.any()
-    return " ".join(sentences[i] for i in rng.permutation(np.flatnonzero(kept)))
+    return " ".join(sentences[i] for i in rng.permutation(np.flatnonzero(kept))), text

@@ -7,14 +7,14 @@ keeps its content and its place in millimetres, so leaving some out changes noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from einops import rearrange
 from jaxtyping import Shaped
 
-from mmfm_jax.data.batch import ImageShape, PackedPart
+from mmfm_jax.data.parts import ImageShape, PackedPart, PackedShape
 
 Grid = tuple[int, ...]  # patches along z y x
 
@@ -44,9 +44,8 @@ def cut(
 
 def nothing(shape: ImageShape, dtype: str) -> PackedPart:
     """The grid of an image that is not there: of no patch."""
-    voxels = int(np.prod(shape.patch)) * shape.channels
     return PackedPart(
-        np.zeros((0, 0, 0, voxels), dtype),
+        np.zeros((0, 0, 0, shape.voxels_of_patch), dtype),
         np.zeros((0, 0, 0, 3), np.float32),
         np.zeros((0, 0, 0), np.int32),
         np.asarray(False),
@@ -67,11 +66,30 @@ def fit(grids: Sequence[Grid], tokens: int) -> list[Grid]:
     return grids
 
 
-def pack(parts: Sequence[PackedPart], studies: int, tokens: int) -> PackedPart:
-    """Grids of patches as rows of `studies` studies and `tokens` tokens; those that do not fit lose their borders."""
-    rows = [_row(parts[i : i + studies], tokens) for i in range(0, len(parts), studies)]
-    patches, centres, segment = (np.stack(arrays) for arrays in zip(*rows))
-    return PackedPart(patches, centres, segment, np.array([bool(part.present) for part in parts]))
+def room(studies: int, pack: PackedShape, voxels: int, dtype: np.typing.DTypeLike, allocate: Callable) -> PackedPart:
+    """For so many studies of patches of `voxels`, arrays of `allocate(shape, dtype)`; what stands there is not set."""
+    rows = studies // pack.studies
+    return PackedPart(
+        allocate((rows, pack.tokens, voxels), dtype),
+        allocate((rows, pack.tokens, 3), np.float32),
+        allocate((rows, pack.tokens), np.int32),
+        allocate((studies,), bool),
+    )
+
+
+def pack(parts: Sequence[PackedPart], studies: int, tokens: int, out: PackedPart | None = None) -> PackedPart:
+    """Grids of patches as rows of `studies` studies and `tokens` tokens; those that do not fit lose their borders.
+
+    Written into `out`, and that returned, where it is given.
+    """
+    first = np.asarray(parts[0].patches)
+    shape = PackedShape(studies=studies, tokens=tokens)
+    out = out or room(len(parts), shape, first.shape[-1], first.dtype, np.empty)
+    assert out.segment is not None
+    out.present[:] = [bool(part.present) for part in parts]
+    for i, row in enumerate(zip(out.patches, out.centres_mm, out.segment)):
+        _row(parts[i * studies : (i + 1) * studies], *row)
+    return out
 
 
 def volume(part: PackedPart, shape: ImageShape) -> Shaped[np.ndarray, "z y x channel"]:
@@ -80,19 +98,16 @@ def volume(part: PackedPart, shape: ImageShape) -> Shaped[np.ndarray, "z y x cha
     return rearrange(np.asarray(part.patches), "z y x (p q r c) -> (z p) (y q) (x r) c", p=p, q=q, r=r)
 
 
-def _row(parts: Sequence[PackedPart], tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    grids = [part.patches.shape[:3] for part in parts]
-    first = np.asarray(parts[0].patches)
-    patches = np.zeros((tokens, first.shape[-1]), first.dtype)
-    centres, segment, at = np.zeros((tokens, 3), np.float32), np.zeros(tokens, np.int32), 0
-    for place, (part, held, grid) in enumerate(zip(parts, grids, fit(grids, tokens)), start=1):
+def _row(parts: Sequence[PackedPart], patches: np.ndarray, centres: np.ndarray, segment: np.ndarray) -> None:
+    grids, at = [part.patches.shape[:3] for part in parts], 0
+    for place, (part, held, grid) in enumerate(zip(parts, grids, fit(grids, len(patches))), start=1):
         box = tuple(slice((h - g) // 2, (h - g) // 2 + g) for h, g in zip(held, grid))
         kept, end = _boxed(part, box), at + int(np.prod(grid))
-        patches[at:end] = np.asarray(kept.patches).reshape(end - at, first.shape[-1])
+        patches[at:end] = np.asarray(kept.patches).reshape(end - at, patches.shape[-1])
         centres[at:end] = np.asarray(kept.centres_mm).reshape(end - at, 3)
         segment[at:end] = place
         at = end
-    return patches, centres, segment
+    patches[at:], centres[at:], segment[at:] = 0, 0, 0
 
 
 def _boxed(part: PackedPart, box: tuple[slice, ...]) -> PackedPart:

@@ -1,52 +1,46 @@
 """Studies of a store as batches, in an order that is a function of (data config, seed, step) alone.
 
-Element i of the endless training order is the same on every host, thread and restart, and any element can be read
-without the ones before it. So each process reads only its own rows of a global batch, and a run resumes from a step
+Element i of the endless training order is the same on every host, process, thread and restart, and any element can be
+read without the ones before it. So each host reads only its own rows of a global batch, and a run resumes from a step
 number.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import sys
-import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any, cast
+import itertools
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping
 
-import grain
 import jax
 import numpy as np
 
 from mmfm_jax.data.batch import Batch, PackedShape
-from mmfm_jax.data.feed import packing
-from mmfm_jax.data.feed.example import ABSENT, Begun, Drawn, Samples
+from mmfm_jax.data.feed.example import ABSENT, Samples
+from mmfm_jax.data.feed.order import TrainingOrder
+from mmfm_jax.data.feed.reading import Reader, Studies
+from mmfm_jax.data.feed.workers import Workers
 
 
 def local_batches(
-    dataset: grain.MapDataset[Drawn],
+    order: TrainingOrder,
     batch_size: int,
     local_rows: np.ndarray,
     start_step: int,
     threads: int,
     prefetch: int,
     packed: Mapping[str, PackedShape] | None = None,
+    workers: int = 0,
 ) -> Generator[Batch, None, None]:
     """The rows `local_rows` (of `range(batch_size)`) of each global batch from `start_step` on, without end.
 
     `packed`: how images share rows of tokens, by role (`Samples.packed`); `local_rows` parts no such row. `threads`
-    read up to `prefetch` batches ahead; neither changes the batches. Closing the generator stops them. What a reader
-    raises is raised here.
+    read up to `prefetch` batches ahead, in this process or in `workers` others; none of these changes the batches.
+    Closing the generator stops them. What a reader raises is raised here.
     """
     rows = np.asarray(local_rows)
-
-    def draw(index: int) -> Drawn:
-        step, i = divmod(index, len(rows))
-        return cast(Drawn, dataset[(start_step + step) * batch_size + int(rows[i])])
-
-    return _read_ahead(draw, sys.maxsize, len(rows), threads, prefetch, packed or {})
+    steps = (order.studies(step * batch_size + rows) for step in itertools.count(start_step))
+    return _read_ahead(order.samples, steps, len(rows), threads, prefetch, packed or {}, workers)
 
 
 def evaluation_batches(
@@ -57,6 +51,7 @@ def evaluation_batches(
     limit: int | None = None,
     threads: int = 8,
     prefetch: int = 2,
+    workers: int = 0,
 ) -> Generator[Batch, None, None]:
     """Every study of the split once (the first `limit` of them), in store order, read without randomness.
 
@@ -66,13 +61,9 @@ def evaluation_batches(
     rows = samples.store.rows(split)[:limit]
     padded = np.full(-(-len(rows) // batch_size) * batch_size, ABSENT)
     padded[: len(rows)] = rows
-    local = padded.reshape(-1, batch_size)[:, local_rows].reshape(-1)
-
-    def draw(index: int) -> Drawn:
-        row = int(local[index])
-        return samples.absent() if row == ABSENT else samples.draw(row, None)
-
-    return _read_ahead(draw, len(local), len(local_rows), threads, prefetch, samples.whole)
+    local = padded.reshape(-1, batch_size)[:, local_rows]
+    batches = (Studies(of_batch, None, of_batch) for of_batch in local)
+    return _read_ahead(samples, batches, len(local_rows), threads, prefetch, samples.whole, workers)
 
 
 def batch_checksum(batch: Batch) -> str:
@@ -85,85 +76,28 @@ def batch_checksum(batch: Batch) -> str:
     return digest.hexdigest()
 
 
-class _Reading(grain.MapDataset[list[Begun]]):
-    """The studies that a process reads, `group` of them an element, each into its place in a batch of `size`.
-
-    Threads may ask for elements in any order, each once. The room of a batch is made when its first study is read.
-    """
-
-    def __init__(self, draw: Callable[[int], Drawn], length: int, size: int, group: int):
-        super().__init__()
-        self._draw, self._length, self._size, self._group = draw, length // group, size, group
-        self._room: dict[int, dict[str, np.ndarray]] = {}
-        self._lock = threading.Lock()
-        self._joined = 0
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> list[Begun]:
-        return [self._begin(i) for i in range(index * self._group, (index + 1) * self._group)]
-
-    def _begin(self, index: int) -> Begun:
-        drawn, (batch, place) = self._draw(index), divmod(index, self._size)
-        with self._lock:
-            if batch not in self._room:
-                self._room[batch] = drawn.samples.voxels(self._size)
-            room = self._room[batch]
-        return drawn.begin({role: voxels[place] for role, voxels in room.items()})
-
-    def joined(self, elements: Sequence[list[Begun]], packed: Mapping[str, PackedShape]) -> Batch:
-        """The studies of the next batch, once all their voxels are there."""
-        studies = [begun for element in elements for begun in element]
-        for begun in studies:
-            begun.wait()
-        room, self._joined = self._room.pop(self._joined), self._joined + 1
-        return stack([begun.study for begun in studies], room, packed)
-
-
 def _read_ahead(
-    draw: Callable[[int], Drawn], length: int, size: int, threads: int, prefetch: int, packed: Mapping[str, PackedShape]
+    samples: Samples,
+    batches: Iterator[Studies],
+    size: int,
+    threads: int,
+    prefetch: int,
+    packed: Mapping[str, PackedShape],
+    workers: int,
 ) -> Generator[Batch, None, None]:
-    """Studies in batches of `size`, `prefetch` of them ahead, the first of which is already put together.
-
-    Threads begin to read some studies at a time, as many as leave each two turns, and TensorStore reads many at once,
-    so the first batch comes as soon as it can.
-    """
-    ahead = max(threads, (prefetch - 1) * size)
-    group = max(n for n in range(1, size + 1) if size % n == 0 and (n == 1 or 2 * threads * n <= ahead))
-    reading = _Reading(draw, length, size, group)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, ahead // group))
-    joined = functools.partial(reading.joined, packed=packed)
-    yield from _one_ahead(iter(reading.to_iter_dataset(options).batch(size // group, batch_fn=joined)))
-
-
-def _one_ahead(batches: Any) -> Generator[Batch, None, None]:
-    """`batches`, the next of which a thread puts together while the step runs: copying volumes side by side is slow."""
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            following = pool.submit(next, batches, None)
-            while (batch := following.result()) is not None:
-                following = pool.submit(next, batches, None)
-                yield batch
-    finally:  # after the one under way, for which the pool waits
-        batches.close()
-
-
-def stack(studies: Sequence[Batch], voxels: Mapping[str, np.ndarray], packed: Mapping[str, PackedShape]) -> Batch:
-    """Unbatched studies as a batch, the images of `packed` roles in rows of tokens.
-
-    `voxels`: those of the other roles, which already stand side by side.
-    """
-    small = [
-        replace(study, images={role: replace(part, voxels=0) for role, part in study.images.items()}, packed={})
-        for study in studies
-    ]
-    batch = jax.tree.map(lambda *leaves: np.stack(leaves), *small)
-    return replace(
-        batch,
-        images={role: replace(part, voxels=voxels[role]) for role, part in batch.images.items()},
-        packed={
-            role: packing.pack([study.packed[role] for study in studies], shape.studies, shape.tokens)
-            for role, shape in packed.items()
-        },
+    """Batches of `size` studies, `prefetch` of them ahead and at least two for each worker."""
+    ahead = max(prefetch, 2 * workers)
+    reader = (
+        Workers(samples, packed, size, workers, threads, ahead)
+        if workers
+        else Reader(samples, packed, size, threads, ahead)
     )
+    try:
+        under_way = deque(map(reader.begin, itertools.islice(batches, ahead)))
+        while under_way:
+            batch = under_way.popleft().result()
+            under_way.extend(map(reader.begin, itertools.islice(batches, 1)))
+            yield batch
+            del batch  # whoever has it may be done with it before the next is there
+    finally:
+        reader.close()

@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from jaxtyping import Float
 
-from mmfm_jax.data.batch import Array
+from mmfm_jax.data.parts import Array
 
 
 def extent(size: Sequence[int], target_mm: Sequence[float], spacing_mm: Sequence[float]) -> tuple[int, int, int]:
@@ -42,6 +41,8 @@ def resample(
     size: Sequence[int],
 ) -> Float[Array, "batch z y x channel"]:
     """`size` voxels of spacing `target_mm` about the centre of each image; 0 where an image does not reach."""
+    import jax.numpy as jnp  # `extent` is asked by processes that read studies, which have no JAX
+
     for axis, (target, m) in enumerate(zip(target_mm, size)):
         n = voxels.shape[axis + 1]
         if m == n == 1:

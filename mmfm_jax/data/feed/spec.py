@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mmfm_jax.config.inputs import ImageInput, Inputs
-from mmfm_jax.data.batch import ImageShape, InputSpec, NumberStats, PackedShape
 from mmfm_jax.data.feed import resample
 from mmfm_jax.data.feed.tokenizer import Tokenizer
+from mmfm_jax.data.parts import ImageShape, InputSpec, NumberStats, PackedShape
 from mmfm_jax.data.store.stats import Stats
 from mmfm_jax.data.study import Schema
 from mmfm_jax.errors import UserError

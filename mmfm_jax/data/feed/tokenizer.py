@@ -9,9 +9,9 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from mmfm_jax.data.parts import PAD
 from mmfm_jax.errors import UserError
 
-PAD = 0  # the id that batch.py means by PAD; said again here so that tokenizing needs no jax
 _PAD_TOKENS, _MASK_TOKENS = ("[PAD]", "<pad>"), ("[MASK]", "<mask>")
 _START_TOKEN = "[START]"
 _SPECIAL = [_PAD_TOKENS[0], _MASK_TOKENS[0], _START_TOKEN]  # in the order of their ids, from 0
@@ -114,9 +114,14 @@ class Tokenizer:
 
     def encode(self, text: str, length: int) -> np.ndarray:
         """Token ids int32 [length]: cut when longer, PAD after the end when shorter."""
-        ids = self._tokenizer.encode(text).ids[:length]
-        tokens = np.full(length, PAD, np.int32)
-        tokens[: len(ids)] = ids
+        return self.encode_batch([text], length)[0]
+
+    def encode_batch(self, texts: Sequence[str], length: int) -> np.ndarray:
+        """Likewise of several texts, int32 [text, length]; other threads run meanwhile."""
+        tokens = np.full((len(texts), length), PAD, np.int32)
+        for row, encoding in zip(tokens, self._tokenizer.encode_batch_fast(list(texts))):
+            ids = encoding.ids[:length]
+            row[: len(ids)] = ids
         return tokens
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:

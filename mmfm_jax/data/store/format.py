@@ -2,8 +2,9 @@
 
     store.json                       format version, schema, counts and checksums; written last, so it makes the store
     stats.json                       fingerprint of the train split (`stats.py`)
-    index.parquet/00000.parquet      patient and split of each study, 65,536 studies a part
+    index.parquet/00000.parquet      patient, share (`split.share_of`) and split of each study, 65,536 studies a part
     studies.parquet/00000.parquet    texts, table row, labels, and spacing of each image; row groups of 256 studies
+    rows/00000.rows                  the same once more, each study where it is read alone (`record_files.py`)
     volumes/<role>/0                 all volumes of one shape in one zarr v3 array [study * channel, z, y, x]
     volumes/<role>/<row>/0           or one zarr v3 array [channel, z, y, x] a study
     volumes/.../labels/<mask>/0      a mask, in the group of its image, in the same layout
@@ -14,11 +15,12 @@ Every group of arrays carries OME-NGFF 0.5 metadata (https://ngff.openmicroscopy
 space first; that is why channels come before z on disk though they come last in memory. Chunks are blosc lz4 with
 bitshuffle and a CRC, so a flipped bit is an error and never a voxel. Nothing is pickled.
 
-Ten million studies make 153 parts of each table and, stacked, some 40,000 shards: all that grows in `store.json` is
-one checksum for each of those. Checksums of volumes that have an array of their own, with their masks, are in their
-study's row.
+Ten million studies make 153 parts of each table and of the rows and, stacked, some 40,000 shards: all that grows in
+`store.json` is one checksum for each of those. Checksums of volumes that have an array of their own, with their masks,
+are in their study's row.
 
-Version 2 added masks and samples of intensity. A release reads every version up to its own.
+Version 2 added masks and samples of intensity, version 3 `rows` and the share. A release reads every version up to its
+own.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ from mmfm_jax.data.store.masks import POSITIONS
 from mmfm_jax.data.study import ImageSpec, MaskSpec, Schema
 from mmfm_jax.errors import UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+ROWS_VERSION = 3  # the first whose studies are read alone
 PART_STUDIES = 65_536
 GROUP_STUDIES = 256
 STACKED_CHUNK_VOXELS = 64**3

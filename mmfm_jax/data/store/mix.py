@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import sqrt
 
 import numpy as np
@@ -119,6 +119,13 @@ class StoreMix:
         store, own = self._own(row)
         return store.begin_crop(out, role, own, start, fill)
 
+    def begin_crops(
+        self, out: np.ndarray, places: Sequence[int], role: str, rows: Sequence[int], start: Extent
+    ) -> Callable[[], None] | None:
+        """The studies are of one store."""
+        number = self.source(rows[0])
+        return self.stores[number].begin_crops(out, places, role, [r - int(self._first[number]) for r in rows], start)
+
     def inside(self, role: str, row: int, start: Extent, size: Extent) -> ts.TensorStore:
         store, own = self._own(row)
         return store.inside(role, own, start, size)
@@ -212,7 +219,7 @@ def _words(values: object) -> str:
 
 def _check_splits(names: tuple[str, ...], stores: list[StudyStore]) -> None:
     """Raises UserError when a patient is in one split here and in another there. Reads every `index.parquet` once."""
-    index = pa.concat_tables([store.index() for store in stores])
+    index = pa.concat_tables([store.index() for store in stores]).unify_dictionaries()
     splits = index.group_by("patient").aggregate([("split", "count_distinct")])
     several = sum(n > 1 for n in splits.column("split_count_distinct").to_pylist())
     if several:

@@ -1,22 +1,24 @@
-"""Studies without their voxels as Parquet: how they are encoded, and read back one row group at a time."""
+"""Studies without their voxels as Parquet: how they are encoded, and read back by whole columns or row groups."""
 
 from __future__ import annotations
 
-import functools
 import io
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorstore as ts
 
+from mmfm_jax.data.store.bounded import BytesCache
 from mmfm_jax.data.store.format import GROUP_STUDIES, PART_STUDIES
 from mmfm_jax.data.store.masks import MaskSummary
 from mmfm_jax.data.study import Schema, Study
 from mmfm_jax.errors import UserError
 
-INDEX_SCHEMA = pa.schema([("patient", pa.string()), ("split", pa.string())])
-_CACHED_GROUPS = 128  # of 256 studies each
-_CACHED_FOOTERS = 256  # of 65,536 studies each
+INDEX_SCHEMA = pa.schema([("patient", pa.string()), ("share", pa.uint32()), ("split", pa.string())])
+GROUPS_BYTES, FOOTERS_BYTES = 32 * 2**20, 128 * 2**20
+_CHUNK_BYTES = 700  # of a parsed footer, for each column of each row group
+_TAIL_BYTES = 64 * 2**10  # read first of a part of the index: its footer, and the splits before that
 
 
 def part_name(table: str, part: int) -> str:
@@ -25,7 +27,7 @@ def part_name(table: str, part: int) -> str:
 
 def arrow_schema(schema: Schema) -> pa.Schema:
     """Columns of `studies.parquet`. A missing part is null."""
-    fields = [*INDEX_SCHEMA]
+    fields = [INDEX_SCHEMA.field("patient"), INDEX_SCHEMA.field("split")]
     for role, image in schema.images.items():
         fields.append(pa.field(f"image/{role}/spacing_mm", pa.list_(pa.float64())))
         if image.shape is None:
@@ -54,28 +56,29 @@ def encode(study: Study, schema: Schema, checksums: dict[str, str], masks: dict[
     return row
 
 
-def write_part(rows: list[dict], schema: pa.Schema, group: int) -> bytes:
-    """A Parquet file of `rows` in row groups of `group`; keys not in `schema` are left out."""
+def write_part(batches: Sequence[pa.RecordBatch], group: int) -> bytes:
+    """A Parquet file of the rows of `batches` in row groups of `group`."""
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, row_group_size=group, compression="zstd")
+    pq.write_table(pa.Table.from_batches(batches), sink, row_group_size=group, compression="zstd")
     return sink.getvalue()
 
 
-class StudyRows:
-    """Rows of `studies.parquet`, each reached by one ranged read of the row group it is in.
+class StudyTables:
+    """The Parquet tables of a store.
 
-    Safe to use from many threads. Memory: at most 128 row groups (32,768 studies) and 256 footers are kept.
+    Safe to use from many threads. Memory: `GROUPS_BYTES` of row groups and `FOOTERS_BYTES` of footers are kept.
     """
 
     def __init__(self, kvstore: ts.KvStore, url: str):
         self._kvstore, self._url = kvstore, url
-        self._footer = functools.lru_cache(_CACHED_FOOTERS)(self._read_footer)
-        self._group = functools.lru_cache(_CACHED_GROUPS)(self.read_group)
+        self._footers = BytesCache(FOOTERS_BYTES, lambda f: _CHUNK_BYTES * f.num_row_groups * f.num_columns)
+        self._groups = BytesCache(GROUPS_BYTES, lambda batch: batch.nbytes)
 
-    def get(self, row: int, columns: list[str]) -> dict:
-        """Values of `columns` at a row; missing ones are None."""
-        batch = self._group(row // PART_STUDIES, row % PART_STUDIES // GROUP_STUDIES)
-        at = row % PART_STUDIES % GROUP_STUDIES
+    def get(self, row: int, columns: tuple[str, ...]) -> dict:
+        """Values of `columns` at a row; missing ones are None. For stores without records: it reads a row group."""
+        part, at = divmod(row, PART_STUDIES)
+        group, at = divmod(at, GROUP_STUDIES)
+        batch = self._groups.made((part, group), lambda: self.read_group(part, group))
         return {name: batch.column(name)[at].as_py() for name in columns}
 
     def whole_part(self, table: str, part: int, columns: list[str]) -> pa.Table:
@@ -86,6 +89,37 @@ class StudyRows:
             return pq.read_table(pa.BufferReader(data), columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise self._damaged(name) from error
+
+    def index(self, part: int, columns: list[str]) -> pa.Table:
+        """`columns` of one part of the index, of which no more is read than the file from the first of them on.
+
+        A split is a dictionary of few words, and not a string a study.
+        """
+        name = part_name("index", part)
+        try:
+            tail = self._kvstore.read(name, byte_range=slice(-_TAIL_BYTES, None)).result().value
+        except ValueError:  # it is shorter than that, or cannot be read, as is said next
+            tail = self._read(name, slice(None))
+        try:
+            length = int.from_bytes(tail[-8:-4], "little") + 8
+            if length > len(tail):
+                tail = self._read(name, slice(-length, None))
+            footer = pq.read_metadata(pa.BufferReader(tail))
+            last = footer.row_group(footer.num_row_groups - 1)
+            chunks = [last.column(i) for i in range(footer.num_columns)]
+            end = max(_start(c) + c.total_compressed_size for c in chunks) + length
+            first = min(_start(c) for c in chunks if c.path_in_schema in columns)
+            if footer.num_row_groups > 1:
+                first = 0
+            if end - first > len(tail):
+                tail = self._read(name, slice(first, None))
+            window = _Window(tail, end - len(tail))
+            return pq.ParquetFile(window, metadata=footer, read_dictionary=["split"]).read(columns, use_threads=False)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise self._damaged(name) from error
+
+    def _footer(self, part: int) -> pq.FileMetaData:
+        return self._footers.made(part, lambda: self._read_footer(part))
 
     def _read_footer(self, part: int) -> pq.FileMetaData:
         name = part_name("studies", part)
@@ -101,7 +135,7 @@ class StudyRows:
         name = part_name("studies", part)
         footer = self._footer(part)
         chunks = [footer.row_group(group).column(i) for i in range(footer.num_columns)]
-        starts = [c.dictionary_page_offset or c.data_page_offset for c in chunks]
+        starts = [_start(c) for c in chunks]
         start, end = min(starts), max(s + c.total_compressed_size for s, c in zip(starts, chunks))
         window = _Window(self._read(name, slice(start, end)), start)
         try:
@@ -121,6 +155,11 @@ class StudyRows:
 
     def _damaged(self, name: str) -> UserError:
         return UserError(f"{self._url}/{name}: is damaged or cut short; copy the store again or build it again")
+
+
+def _start(chunk: pq.ColumnChunkMetaData) -> int:
+    """Where a column of a row group starts in its file."""
+    return chunk.dictionary_page_offset or chunk.data_page_offset
 
 
 class _Window(io.RawIOBase):

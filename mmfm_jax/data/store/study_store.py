@@ -6,6 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -13,13 +14,14 @@ import tensorstore as ts
 from pydantic import ValidationError
 
 from mmfm_jax.config.inputs import ImageInput
-from mmfm_jax.data.split import in_share
+from mmfm_jax.data.split import share_of
 from mmfm_jax.data.store.arrays import checksum_under
 from mmfm_jax.data.store.foreground import places
 from mmfm_jax.data.store.format import (
     CACHE_BYTES,
     GROUP_STUDIES,
     PART_STUDIES,
+    ROWS_VERSION,
     SplitCounts,
     StoreFile,
     array_spec,
@@ -29,7 +31,8 @@ from mmfm_jax.data.store.format import (
     read_store_file,
 )
 from mmfm_jax.data.store.masks import POSITIONS
-from mmfm_jax.data.store.rows import StudyRows
+from mmfm_jax.data.store.record_files import StudyRecords
+from mmfm_jax.data.store.rows import StudyTables
 from mmfm_jax.data.store.stats import Stats
 from mmfm_jax.data.study import ImageSpec, Schema
 from mmfm_jax.errors import UserError
@@ -39,13 +42,23 @@ _OPEN_VOLUMES = 4096
 
 Extent = tuple[int, int, int]
 TableRow = tuple[dict[str, tuple[str, ...]], dict[str, float | str], dict[str, int]]
+_Columns = tuple[tuple[str, ...], list[tuple[str, str]], list[tuple[str, str]], list[tuple[str, str, dict[str, int]]]]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Names of the texts, columns and labels that are decoded of each study."""
+
+    texts: frozenset[str] = frozenset()
+    columns: frozenset[str] = frozenset()
+    labels: frozenset[str] = frozenset()
 
 
 class StudyStore:
     """Studies by row number. Safe to use from many threads; pickles as its URL.
 
-    Memory: `cache_bytes` of chunks and shard indices a process, some 33,000 rows of text and table, one byte a study
-    for the splits; none of it grows with the volumes.
+    Memory: `cache_bytes` of chunks and shard indices a process, 68 MiB at most for where rows are and what they hold,
+    one byte a study for the splits; none of it grows with the volumes.
     """
 
     def __init__(
@@ -60,10 +73,13 @@ class StudyStore:
         self.cache_bytes = cache_bytes
         self.url, self.file, self.stats, self.train_share = url, file, stats, train_share
         self._kvstore = kvstore
-        self._rows = StudyRows(kvstore, url)
         self._array = functools.lru_cache(_OPEN_VOLUMES)(self._open_array)
         self._info = functools.lru_cache(_OPEN_VOLUMES)(self._read_info)
+        self._columns = functools.lru_cache(64)(self._read_columns)
         self._studies = sum(counts.studies for counts in file.counts.values())
+        self._tables = StudyTables(kvstore, url)
+        alone = file.format_version >= ROWS_VERSION
+        self._rows = StudyRecords(kvstore, url, file.declared, self._studies) if alone else self._tables
 
     @classmethod
     def open(cls, url: str, train_share: float = 1.0, cache_bytes: int = CACHE_BYTES) -> StudyStore:
@@ -109,21 +125,13 @@ class StudyStore:
         if split not in names:
             held = ", ".join(f"{name} ({counts.patients})" for name, counts in self.counts.items())
             raise UserError(f"{self.url}: the split {split} has no patients; the store has the splits {held}")
-        if split == "train" and self.train_share < 1:
-            return self._shared_rows
-        return np.flatnonzero(self._split_codes == names.index(split)).astype(np.int64)
-
-    @functools.cached_property
-    def _shared_rows(self) -> np.ndarray:
-        """Training rows of the patients in `train_share`."""
-        rows = np.flatnonzero(self._split_codes == list(self.counts).index("train")).astype(np.int64)
-        kept = rows[[in_share(patient, self.train_share) for patient in self.patients(rows)]]
-        if not len(kept):
+        rows = np.flatnonzero(self._split_codes == names.index(split)).astype(np.int64)
+        if not len(rows):
             raise UserError(
                 f"data.train_share: {self.train_share} leaves none of the {self.counts['train'].patients} training "
                 f"patients of {self.url}; make it larger"
             )
-        return kept
+        return rows
 
     def patients(self, rows: np.ndarray) -> np.ndarray:
         """Keyed patient hash of each row, str [rows]."""
@@ -131,27 +139,35 @@ class StudyStore:
         out = np.empty(len(rows), dtype=object)
         for part in np.unique(rows // PART_STUDIES):
             here = rows // PART_STUDIES == part
-            column = self._rows.whole_part("index", int(part), ["patient"]).column("patient")
+            column = self._tables.index(int(part), ["patient"]).column("patient")
             out[here] = column.take(rows[here] % PART_STUDIES).to_numpy(zero_copy_only=False)
         return out.astype(str)
 
     def index(self) -> pa.Table:
         """Patient (keyed hash) and split of every study."""
         with ThreadPoolExecutor(_INDEX_READERS) as pool:
-            read = functools.partial(self._rows.whole_part, "index", columns=["patient", "split"])
+            read = functools.partial(self._tables.index, columns=["patient", "split"])
             return pa.concat_tables(pool.map(read, range(self._parts)))
 
     @functools.cached_property
     def _split_codes(self) -> np.ndarray:
-        """Index of each study's split in `counts`, int8 [studies]."""
+        """Index of each study's split in `counts`, int8 [studies]; -1 where `train_share` leaves a patient out."""
         names = list(self.counts)
+        train = names.index("train") if "train" in names and self.train_share < 1 else None
+        stored = self.file.format_version >= ROWS_VERSION
+        more = [] if train is None else ["share" if stored else "patient"]
 
         def read(part: int) -> np.ndarray:
-            column = (
-                self._rows.whole_part("index", part, ["split"]).column("split").combine_chunks().dictionary_encode()
-            )
+            table = self._tables.index(part, ["split", *more])
+            column = table.column("split").unify_dictionaries().combine_chunks()
             code_of = np.array([names.index(name) for name in column.dictionary.to_pylist()], np.int8)
-            return code_of[column.indices.to_numpy()]
+            codes = code_of[column.indices.to_numpy()]
+            if train is not None:
+                ours = np.flatnonzero(codes == train)
+                held = table.column(more[0]).take(ours)
+                shares = held.to_numpy() if stored else np.array([share_of(p) for p in held.to_pylist()], np.uint32)
+                codes[ours[shares >= self.train_share * 2**32]] = -1
+            return codes
 
         with ThreadPoolExecutor(_INDEX_READERS) as pool:
             return np.concatenate(list(pool.map(read, range(self._parts))))
@@ -162,19 +178,22 @@ class StudyStore:
 
     # ------------------------------------------------------------ texts, table, labels
 
-    def table(self, row: int) -> TableRow:
-        """Texts by field, table values by column and label indices of one study; what is missing has no key."""
-        texts, values, labels = self._columns
-        held = self._rows.get(self._checked(row), [*texts, *values, *labels])
+    def table(self, row: int, wanted: Wanted | None = None) -> TableRow:
+        """Texts by field, table values by column and label indices of one study; what is missing has no key.
+
+        `wanted`: what is decoded, where that is not everything.
+        """
+        names, texts, values, labels = self._columns(wanted)
+        held = self._rows.get(self._checked(row), names)
         return (
-            {name: tuple(held[key]) for key, name in texts.items() if held[key]},
-            {name: held[key] for key, name in values.items() if held[key] is not None},
-            {name: codes[held[key]] for key, (name, codes) in labels.items() if held[key] is not None},
+            {name: tuple(found) for key, name in texts if (found := held[key])},
+            {name: found for key, name in values if (found := held[key]) is not None},
+            {name: codes[found] for key, name, codes in labels if (found := held[key]) is not None},
         )
 
     def texts(self, rows: Iterable[int]) -> Iterator[str]:
         """Every text of the studies at `rows`, fields in schema order; ascending rows are read fastest."""
-        names = [f"text/{name}" for name in self.schema.texts]
+        names = tuple(f"text/{name}" for name in self.schema.texts)
         for row in rows:
             for held in self._rows.get(self._checked(row), names).values():
                 yield from held or ()
@@ -184,21 +203,19 @@ class StudyStore:
         groups = -(-len(self) // GROUP_STUDIES)
         for group in np.unique(np.linspace(0, groups - 1, min(most, groups)).round().astype(int)).tolist():
             first = group * GROUP_STUDIES
-            yield first, self._rows.read_group(first // PART_STUDIES, first % PART_STUDIES // GROUP_STUDIES)
+            yield first, self._tables.read_group(first // PART_STUDIES, first % PART_STUDIES // GROUP_STUDIES)
 
-    @functools.cached_property
-    def _columns(self) -> tuple[dict[str, str], dict[str, str], dict[str, tuple[str, dict[str, int]]]]:
-        """Parquet columns of texts, table and labels, each with the name it has in the schema."""
+    def _read_columns(self, wanted: Wanted | None) -> _Columns:
         schema = self.schema
-        labels = {
-            f"label/{name}": (name, {value: i for i, value in enumerate(label.classes)})
+        wanted = wanted or Wanted(frozenset(schema.texts), frozenset(schema.columns), frozenset(schema.labels))
+        texts = [(f"text/{name}", name) for name in schema.texts if name in wanted.texts]
+        values = [(f"column/{name}", name) for name in schema.columns if name in wanted.columns]
+        labels = [
+            (f"label/{name}", name, {value: i for i, value in enumerate(label.classes)})
             for name, label in schema.labels.items()
-        }
-        return (
-            {f"text/{name}": name for name in schema.texts},
-            {f"column/{name}": name for name in schema.columns},
-            labels,
-        )
+            if name in wanted.labels
+        ]
+        return tuple(key for key, *_ in [*texts, *values, *labels]), texts, values, labels
 
     # ------------------------------------------------------------ volumes
 
@@ -208,11 +225,11 @@ class StudyStore:
 
     def _read_info(self, role: str, row: int) -> tuple[Extent, tuple[float, float, float]] | None:
         shape = self.schema.images[role].shape
-        names = [f"image/{role}/spacing_mm", *([] if shape else [f"image/{role}/shape"])]
-        spacing, *own_shape = self._rows.get(row, names).values()
-        if spacing is None:
+        place = f"image/{role}/spacing_mm"
+        held = self._rows.get(row, (place,) if shape else (place, f"image/{role}/shape"))
+        if held[place] is None:
             return None
-        return (shape or tuple(own_shape[0])), tuple(spacing)
+        return (shape or tuple(held[f"image/{role}/shape"])), tuple(held[place])
 
     def crop(self, role: str, row: int, start: Extent, size: Extent, fill: float = 0) -> np.ndarray:
         """Voxels [z, y, x, channel] of the box at `start` (may be negative), in the role's dtype; `fill` outside.
@@ -235,6 +252,41 @@ class StudyStore:
             raise UserError(f"{self.url}: study {row} has no image {role}")
         spec, path = self.schema.images[role], f"{self._group(role, row)}/0"
         return self._begin(out, spec, path, row, info[0], start, fill)
+
+    def begin_crops(
+        self, out: np.ndarray, places: Sequence[int], role: str, rows: Sequence[int], start: Extent
+    ) -> Callable[[], None] | None:
+        """Begins to read one box of many studies into out[places] [study, z, y, x, channel]; as `begin_crop` does.
+
+        One read, a hundredth of the Python of a read for each. None, and nothing is read, unless the role's images
+        stand in one array, and the box within them.
+        """
+        spec, path = self.schema.images[role], f"volumes/{role}/0"
+        end = [s + n for s, n in zip(start, out.shape[1:4])]
+        if spec.shape is None or min(start) < 0 or any(last > n for last, n in zip(end, spec.shape)):
+            return None
+        studies = np.asarray(rows, np.int64)[:, None] * spec.channels + np.arange(spec.channels)
+        box = tuple(map(slice, start, end))
+
+        def failed(error: ValueError) -> UserError:
+            """That of the study which cannot be read."""
+            for row in rows:
+                self._read(path, _voxels(spec, row, start, end), row)
+            return self._bad_chunk(path, rows[0], error)
+
+        try:
+            target = ts.array(out.transpose(0, 4, 1, 2, 3), copy=False, write=True)[np.asarray(places, np.int64)]
+            reading = target.write(self._array(path)[(studies, *box)])
+        except ValueError as error:
+            raise failed(error) from error
+
+        def wait() -> None:
+            try:
+                reading.result()
+            except ValueError as error:
+                raise failed(error) from error
+
+        return wait
 
     def _group(self, role: str, row: int) -> str:
         """The group of arrays that holds an image of a study, and its masks."""
@@ -292,7 +344,7 @@ class StudyStore:
 
     def mask_voxels(self, name: str, row: int) -> np.ndarray | None:
         """How many voxels of each class a mask holds, int64 [class], or None when the study lacks the mask."""
-        (held,) = self._rows.get(self._checked(row), [f"mask/{name}/voxels"]).values()
+        (held,) = self._rows.get(self._checked(row), (f"mask/{name}/voxels",)).values()
         return None if held is None else np.asarray(held, np.int64)
 
     def mask_crop(self, name: str, row: int, start: Extent, size: Extent) -> np.ndarray:
@@ -371,7 +423,7 @@ class StudyStore:
                 raise UserError(f"{self.url}/{path}: {state}; copy the store again or build it again")
         for role in (role for role, spec in self.schema.images.items() if spec.shape is None):
             for part in range(self._parts):
-                column = self._rows.whole_part("studies", part, [f"image/{role}/sha256"]).column(0)
+                column = self._tables.whole_part("studies", part, [f"image/{role}/sha256"]).column(0)
                 for offset, expected in enumerate(column.to_pylist()):
                     path = f"volumes/{role}/{part * PART_STUDIES + offset:08d}"
                     if expected is not None and checksum_under(self._kvstore, path) != expected:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import pyarrow as pa
 import tensorstore as ts
 
-from mmfm_jax.data.store import rows
+from mmfm_jax.data.split import share_of
+from mmfm_jax.data.store import record_files, rows
 from mmfm_jax.data.store.arrays import Stack, StackedRole, VolumeRole, keys_under, put
 from mmfm_jax.data.store.foreground import intensities
 from mmfm_jax.data.store.format import (
@@ -27,6 +30,7 @@ from mmfm_jax.data.store.format import (
     read_store_file,
 )
 from mmfm_jax.data.store.masks import summarise
+from mmfm_jax.data.store.records import RecordLayout
 from mmfm_jax.data.store.stats import StatsBuilder
 from mmfm_jax.data.study import Schema, Study, check_study
 from mmfm_jax.errors import UserError
@@ -88,7 +92,7 @@ def _clear_unfinished(kvstore: ts.KvStore, url: str) -> None:
 
     Raises UserError when files are there without that mark: they are someone's.
     """
-    prefixes = ("volumes/", "positions/", "intensities/", "studies.parquet/", "index.parquet/")
+    prefixes = ("volumes/", "positions/", "intensities/", "studies.parquet/", "index.parquet/", "rows/")
     ours = kvstore.read(_UNFINISHED).result().state != "missing"
     for prefix in prefixes:
         if not ours and kvstore.list(keys_under(prefix)).result():
@@ -169,26 +173,45 @@ def _write(
 
 
 class _Tables:
-    """Buffers rows up to a part, then writes it with its part of the index."""
+    """Buffers rows up to a part, encoded, then writes it with its part of the index and of the records."""
 
     def __init__(self, kvstore: ts.KvStore, schema: Schema, files: dict[str, str]):
         self._kvstore, self._files, self._schema = kvstore, files, rows.arrow_schema(schema)
-        self._rows: list[dict] = []
+        self._layout = RecordLayout(schema)
+        self._share = functools.lru_cache(PART_STUDIES)(share_of)
+        self._group: list[dict] = []
+        self._index: list[pa.RecordBatch] = []
+        self._studies: list[pa.RecordBatch] = []
+        self._records: list[bytes] = []
         self._parts = 0
 
     def add(self, row: dict) -> None:
-        self._rows.append(row)
-        if len(self._rows) == PART_STUDIES:
+        self._group.append(row | {"share": self._share(row["patient"])})
+        self._records.append(self._layout.pack(self._parts * PART_STUDIES + len(self._records), row))
+        if len(self._group) == GROUP_STUDIES:
+            self._finish_group()
+        if len(self._records) == PART_STUDIES:
             self.finish()
 
+    def _finish_group(self) -> None:
+        """A group takes less room in Arrow than as Python's objects."""
+        if self._group:
+            self._index.append(pa.RecordBatch.from_pylist(self._group, schema=rows.INDEX_SCHEMA))
+            self._studies.append(pa.RecordBatch.from_pylist(self._group, schema=self._schema))
+            self._group = []
+
     def finish(self) -> None:
-        if not self._rows:
+        self._finish_group()
+        if not self._records:
             return
-        index = rows.write_part(self._rows, rows.INDEX_SCHEMA, PART_STUDIES)
-        put(self._kvstore, rows.part_name("index", self._parts), index, self._files)
-        part = rows.write_part(self._rows, self._schema, GROUP_STUDIES)
-        put(self._kvstore, rows.part_name("studies", self._parts), part, self._files)
-        self._rows, self._parts = [], self._parts + 1
+        for name, data in (
+            (rows.part_name("index", self._parts), rows.write_part(self._index, PART_STUDIES)),
+            (rows.part_name("studies", self._parts), rows.write_part(self._studies, GROUP_STUDIES)),
+            (record_files.file_name(self._parts), record_files.write_file(self._records)),
+        ):
+            put(self._kvstore, name, data, self._files)
+        self._index, self._studies, self._records = [], [], []
+        self._parts += 1
 
 
 def _count(counts: SplitCounts, study: Study, schema: Schema) -> None:

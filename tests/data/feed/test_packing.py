@@ -16,7 +16,7 @@ from mmfm_jax.data.feed import packing
 from mmfm_jax.data.feed.augment import augment_images
 from mmfm_jax.data.feed.example import Samples
 from mmfm_jax.data.feed.order import training_rows
-from mmfm_jax.data.feed.pipeline import batch_checksum, evaluation_batches, local_batches, stack
+from mmfm_jax.data.feed.pipeline import batch_checksum, evaluation_batches, local_batches
 from mmfm_jax.data.feed.spec import make_spec
 from mmfm_jax.data.feed.tokenizer import Tokenizer
 from mmfm_jax.data.feed.transforms import prepare
@@ -209,7 +209,7 @@ def test_packed_images_are_augmented_as_whole_ones_are(samples):
     image, packed = images_and_packed(0)
     config, key = Augment(flip=0.5, intensity=0.3), jax.random.key(1)
     spec = samples.spec.model_copy(update={"images": {"ct": SHAPE}})
-    some = stack([samples.absent().read()] * 4, samples.voxels(4), samples.packed)
+    some = samples.batch([samples.absent()] * 4, samples.packed)
     whole = prepare(dataclasses.replace(some, images={"ct": image}, packed={}), spec, config, key).images["ct"]
     got = prepare(dataclasses.replace(some, images={}, packed={"ct": packed}), spec, config, key).packed["ct"]
     again = augment_images(prepare_only(some, spec, image), config, jax.random.fold_in(key, 0))
@@ -235,7 +235,7 @@ def prepare_only(batch, spec, image):
 def test_what_stands_in_padding_is_gone_once_prepared(samples):
     _, packed = images_and_packed(1)
     spec = samples.spec.model_copy(update={"images": {"ct": SHAPE}})
-    some = stack([samples.absent().read()] * 4, samples.voxels(4), samples.packed)
+    some = samples.batch([samples.absent()] * 4, samples.packed)
     padding = np.asarray(packed.segment)[..., None] == 0
     assert padding.any()
 
@@ -256,7 +256,7 @@ def test_a_study_marked_absent_has_no_tokens(samples):
     _, packed = images_and_packed(2)
     absent = dataclasses.replace(packed, present=np.zeros(4, bool))
     spec = samples.spec.model_copy(update={"images": {"ct": SHAPE}})
-    some = stack([samples.absent().read()] * 4, samples.voxels(4), samples.packed)
+    some = samples.batch([samples.absent()] * 4, samples.packed)
     got = prepare(dataclasses.replace(some, images={}, packed={"ct": absent}), spec, None, None).packed["ct"]
     assert not np.asarray(got.segment).any() and not np.asarray(got.patches).any()
 

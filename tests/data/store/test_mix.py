@@ -143,12 +143,12 @@ def test_batches_of_a_mix_depend_on_seed_and_step_alone(samples, processes, star
 
 def test_every_stretch_holds_the_stores_by_weight_and_every_epoch_each_study_once(samples):
     order: Any = training_rows(samples, "train", 0)
-    drawn = [order[i].rest for i in range(400)]
-    source = np.array([int(study.source) for study in drawn])  # brain is 0, a quarter
+    drawn = [order[i].row for i in range(400)]
+    source = np.array([samples.store.source(row) for row in drawn])  # brain is 0, a quarter
     for start, length in itertools.product(range(0, 300, 7), (4, 9, 40)):
         assert abs((source[start : start + length] == 0).sum() - length / 4) <= 1
     for number, rows in enumerate(rows for _, rows in samples.store.sources("train")):
-        seen = [int(study.study) for study in drawn if study.source == number]
+        seen = [row for row, of in zip(drawn, source) if of == number]
         for epoch in range(len(seen) // len(rows)):
             assert Counter(seen[epoch * len(rows) : (epoch + 1) * len(rows)]) == Counter(rows.tolist())
 

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmfm_jax.data.store import format as store_format
+from mmfm_jax.data.store import record_files
 from mmfm_jax.data.store import rows as store_rows
 from mmfm_jax.data.store import writer as store_writer
 from mmfm_jax.data.store.format import context
@@ -39,16 +40,19 @@ def test_gives_back_what_was_written_at_any_url(schema, make_studies, assert_hol
 def test_shards_parts_and_groups_that_split_the_studies_change_nothing(
     tmp_path, schema, studies, assert_holds, monkeypatch
 ):
-    for module in (store_rows, store_writer):
+    for module in (store_rows, store_writer, record_files):
         monkeypatch.setattr(module, "PART_STUDIES", 12)
+    for module in (store_rows, store_writer):
         monkeypatch.setattr(module, "GROUP_STUDIES", 5)
+    monkeypatch.setattr(record_files, "BLOCK_STUDIES", 4)
     monkeypatch.setattr("mmfm_jax.data.store.study_store.PART_STUDIES", 12)
     monkeypatch.setattr(store_format, "SHARD_BYTES", 7 * 6 * 5 * 4)
     url = f"file://{tmp_path}/store"
     write_store(url, schema, studies)
     store = StudyStore.open(url)
     assert len(list((tmp_path / "store/volumes/nodule/0/c").iterdir())) == 6
-    assert len(list((tmp_path / "store/studies.parquet").iterdir())) == 4
+    for table in ("studies.parquet", "index.parquet", "rows"):
+        assert len(list((tmp_path / "store" / table).iterdir())) == 4
     assert_holds(store, studies)
     rows = np.array([39, 0, 13, 12, 11])
     assert store.patients(rows).tolist() == [studies[r].patient for r in rows]
@@ -176,18 +180,6 @@ def test_chunks_are_kept_up_to_a_bound(tmp_path):
     assert same.cache_bytes == size and context(size) is context(size) is not context()
 
 
-def test_row_groups_are_kept_up_to_a_bound(tmp_path, schema, studies, monkeypatch):
-    for module in (store_rows, store_writer):
-        monkeypatch.setattr(module, "GROUP_STUDIES", 4)
-    monkeypatch.setattr(store_rows, "_CACHED_GROUPS", 3)
-    write_store(str(tmp_path / "store"), schema, studies)
-    store = StudyStore.open(str(tmp_path / "store"))
-    for row in [*range(40), 0]:
-        assert store.table(row)[0] == studies[row].texts
-    held = store._rows._group.cache_info()
-    assert (held.currsize, held.misses) == (3, 11)  # 10 groups, and the first once more
-
-
 # ---------------------------------------------------------------- readable without us
 
 
@@ -223,8 +215,8 @@ def test_a_url_of_no_known_kind():
 
 def test_a_newer_format(store):
     path = Path(store.url) / "store.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 3, "unheard_of": []}))
-    with pytest.raises(UserError, match="has format version 3 and this release reads up to 2; upgrade"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 4, "unheard_of": []}))
+    with pytest.raises(UserError, match="has format version 4 and this release reads up to 3; upgrade"):
         StudyStore.open(store.url)
 
 
@@ -308,15 +300,19 @@ def test_a_damaged_chunk_is_an_error_and_never_wrong_voxels(store, studies, role
 
 @pytest.mark.parametrize("how", ["missing", "short"])
 def test_a_damaged_table_names_its_file(store, how):
-    damage(Path(store.url) / "studies.parquet/00000.parquet", how)
-    damage(Path(store.url) / "index.parquet/00000.parquet", how)
+    for name in ("rows/00000.rows", "studies.parquet/00000.parquet", "index.parquet/00000.parquet"):
+        damage(Path(store.url) / name, how)
+    with pytest.raises(UserError, match=r"rows/00000\.rows: .* (missing|cut off)"):
+        store.table(len(store) - 1)
     with pytest.raises(UserError, match=r"studies\.parquet/00000\.parquet: is "):
-        store.table(0)
+        list(store.row_groups(1))
     with pytest.raises(UserError, match=r"index\.parquet/00000\.parquet: is "):
         store.rows("train")
 
 
-@pytest.mark.parametrize("name", ["stats.json", "studies.parquet/00000.parquet", "volumes/photo/zarr.json"])
+@pytest.mark.parametrize(
+    "name", ["stats.json", "studies.parquet/00000.parquet", "rows/00000.rows", "volumes/photo/zarr.json"]
+)
 def test_verify_names_the_file_with_a_flipped_bit(store, name):
     store.verify()
     damage(Path(store.url) / name, "flipped")
