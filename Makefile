@@ -19,7 +19,8 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 test test-newest axes: export GLIBC_TUNABLES := glibc.malloc.hugetlb=0 # they take more memory than small programs need
 
 .DEFAULT_GOAL := help
-.PHONY: help rows demo test lint test-newest axes launch-slurm ingest-ray seeds curve precision scan feed films memory bench clean
+.PHONY: help rows demo test lint test-newest axes launch-slurm ingest-ray seeds curve precision scan feed films memory bench
+.PHONY: pods gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installs into one environment would meet
 
@@ -119,6 +120,16 @@ films: $(VENV)/.samples  ## what a film costs the host, and how many a second by
 
 memory: $(VENV)/.samples  ## resident memory over 2,000 batches of a store far larger than the cache (two minutes)
 	@$(BIN)/python benchmarks/memory.py
+
+$(VENV)/.tpu: pyproject.toml
+	$(call install,samples$(comma)tpu)
+
+pods: $(VENV)/.tpu  ## plan every pod configuration for its pod and keep what was found in configs/pods.json (an hour)
+	@$(BIN)/python benchmarks/pods.py
+
+# Makes no environment and needs no network: PYTHON has JAX and PyTorch, and what it lacks comes as wheels in a folder.
+gpu:  ## what one GPU does, as rows of docs/performance.md: make gpu PYTHON=python3 WHEELS=wheels (ten minutes)
+	@$(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels $(WHEELS))
 
 bench: $(VENV)/.samples  ## speed of reading and of the training step on this machine
 	@$(BIN)/python benchmarks/speed.py

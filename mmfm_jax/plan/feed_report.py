@@ -31,8 +31,8 @@ def report(feed: Feed, others: dict[str, Feed], assumed: bool) -> RenderableType
     table.add_row("price of the requests", f"{feed.request_usd:,.0f} USD a day", "", "")
     chunks = ", ".join(f"{name} {'x'.join(map(str, chunk))}" for name, chunk in feed.chunks.items()) or "no images"
     read = (
-        f"A study costs {feed.reading.requests:.1f} requests, {feed.reading.bytes / 1e6:.1f} MB and {feed.core_ms:.1f} ms "
-        f"of a core (chunks: {chunks}{', an assumption: --store looks' if assumed else ''})."
+        f"A study costs {feed.reading.requests:.1f} requests, {feed.reading.bytes / 1e6:.1f} MB and "
+        f"{feed.core_ms:.1f} ms of a core (chunks: {chunks}{', an assumption: --store looks' if assumed else ''})."
     )
     if feed.again > 1:
         read += f" Each is read {feed.again:g} times, since hosts share studies."

@@ -1,8 +1,9 @@
 """What feeds a pod: the machines that its chips are plugged into, and the bucket that the studies lie in.
 
-Sources: [doc] docs.cloud.google.com/tpu/docs/v5e, machine type ct5lp-hightpu-4t; [types] ct4p-hightpu-4t, ct5p-hightpu-4t,
-ct6e-standard-4t and tpu7x-standard-4t as Google lists them; [gcs] Cloud Storage's pages of quotas, request rates and
-prices. Only [doc] was read again for this table: take the others as assumptions, which flags of `mmfm plan` override.
+Sources: [doc] docs.cloud.google.com/tpu/docs/v5e, machine type ct5lp-hightpu-4t; [types] ct4p-hightpu-4t,
+ct5p-hightpu-4t, ct6e-standard-4t and tpu7x-standard-4t as Google lists them; [gcs] Cloud Storage's pages of quotas,
+request rates and prices. Only [doc] was read again for this table: take the others as assumptions, which flags of
+`mmfm plan` override.
 """
 
 from __future__ import annotations

@@ -88,6 +88,13 @@ def test_a_plan_for_a_pod_answers_in_json_what_can_be_checked_by_hand(tmp_path):
     blocks = (3 + 2) * (4 + 8) * 128 * 128 + (8 + 8) * 128 * 128
     received = sum(count for by_link in plan["collective_bytes"].values() for count in by_link.values())
     assert received > 2 * blocks * 15 / 16
+    # Four hosts of four chips read eight studies each; one line of progress a phase, away from what a program reads.
+    fed = plan["feed"]
+    assert (fed["hosts"], fed["times_a_study_is_read"], fed["assumed_store"]) == (4, 1, True)
+    assert fed["studies_per_second_of_a_host"] == pytest.approx(8 / step)
+    assert fed["needs"]["host cores"]["have"] == 112 and fed["needs"]["network"]["have"] == pytest.approx(12.5e9)
+    assert done.stderr.splitlines()[:5] == [f"plan: {p} ..." for p in ("shapes", "trace", "lower", "compile", "read")]
+    assert done.stderr.splitlines()[5].startswith("plan: seconds of each: shapes ")
     times = [item["seconds"] for item in plan["largest"]]
     assert len(times) == 10 and times == sorted(times, reverse=True)
 

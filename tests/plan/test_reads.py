@@ -101,7 +101,7 @@ def test_a_stacked_volume_costs_no_metadata_and_one_request_for_neighbours(bucke
 
 @pytest.mark.parametrize("chunk, said", [(32, 22), (64, 8)])
 def test_a_ct_crop_costs_about_22_requests_in_small_chunks_and_8_in_large(chunk, said):
-    """96^3 of 256 x 512 x 512: metadata, a run for each row of chunks along x and shard of 256^3, the shards' indices."""
+    """96^3 of 256 x 512 x 512: metadata, a run for each row of chunks along x in a shard of 256^3, indices."""
     layout = candidates(written(CT, (256, 512, 512)))[f"{chunk}^3"]
     assert (layout.chunk, layout.shard) == ((chunk,) * 3, (256, 256, 256))
     starts = {extent: np.arange(extent - 96 + 1) for extent in (256, 512)}
