@@ -148,6 +148,6 @@ def load_run(run: str | Path) -> TrainedRun:
     shapes = jax.eval_shape(lambda: initial_state(experiment, spec, optimizer))
     state = checkpoints.restore(step, shapes, None)
     checkpoints.close()
-    graph, _ = learner_shapes(experiment, spec)
-    learner = nnx.merge(graph, state.params if state.average is None else state.average)
+    graph, *_ = learner_shapes(experiment, spec)
+    learner = nnx.merge(graph, state.params if state.average is None else state.average, state.buffers)
     return TrainedRun(experiment, spec, tokenizer, step, learner)

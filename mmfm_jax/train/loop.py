@@ -64,7 +64,7 @@ def train(
         spec, tokenizer = start_or_resume(experiment, store, run, speaks)
         samples = Samples(store, experiment.inputs, spec, tokenizer, experiment.labels)
     optimizer = make_optimizer(experiment.optimizer, config.steps)
-    graph, _ = learner_shapes(experiment, spec)
+    graph, *_ = learner_shapes(experiment, spec)
     shapes = jax.eval_shape(lambda: initial_state(experiment, spec, optimizer))
     shardings = state_shardings(shapes, mesh)
     checkpoints = Checkpoints(run, experiment.checkpoint)
@@ -103,7 +103,7 @@ def train(
         batch = next_batch()
         with clock("compile"):
             step = jitted_step(graph, experiment, spec, optimizer, shardings, mesh).lower(state, batch).compile()
-            flops = step_flops(graph, spec, shapes.params, batch)
+            flops = step_flops(graph, experiment, spec, shapes, batch)
             meet("step compiled")
         validate = Validation(experiment, graph, samples, spec, mesh, rows)
         meter = Meter(config.batch_size, flops, mesh)
@@ -143,7 +143,7 @@ def train(
             if number % config.validate_every == 0 or last:
                 settle(0)
                 with clock("validate"):
-                    validation = validate(state.params if state.average is None else state.average)
+                    validation = validate(state.params if state.average is None else state.average, state.buffers)
                 telemetry.log(number, validation)
                 watchdog.ended(number)
             if number % experiment.checkpoint.every == 0 or last or stopped:

@@ -28,7 +28,7 @@ def mesh_of(**sizes):
 def run(mesh, experiment, spec, batch):
     """Metrics of a few steps on one batch, the state they end in, its shardings, and the state after the first."""
     optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
-    graph, _ = learner_shapes(experiment, spec)
+    graph, *_ = learner_shapes(experiment, spec)
     shapes = jax.eval_shape(lambda: initial_state(experiment, spec, optimizer))
     shardings = state_shardings(shapes, mesh)
     rows = sharding.local_rows(experiment.train.batch_size, mesh)
