@@ -44,7 +44,8 @@ STEPS, LOG_EVERY = 200, 20
 def step_seconds(experiment: Experiment) -> float:
     """Of an H100 on a step of the experiment."""
     program = make_program(experiment, assumed_spec(experiment), make_mesh(MeshConfig(), jax.devices()[:1]))
-    return step_flops(program.graph, program.spec, program.state.params, program.batch) / (PEAK * UTILISATION)
+    flops = step_flops(program.graph, experiment, program.spec, program.state, program.batch)
+    return flops / (PEAK * UTILISATION)
 
 
 def reading(experiment: Experiment, store: str, threads: int) -> Experiment:

@@ -41,7 +41,7 @@ class Ours:
             self._step = program.step.lower(self._state, self._batch).compile()
         trained, _ = groups.split(program.state.params, experiment.optimizer.groups)
         self.parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
-        self.flops = step_flops(program.graph, spec, program.state.params, program.batch)
+        self.flops = step_flops(program.graph, experiment, spec, program.state, program.batch)
         self.loss = math.nan
 
     def step(self, steps: int) -> None:

@@ -54,7 +54,7 @@ class OptimizerConfig(Config):
     """Muon is for the matrices of transformer blocks, at AdamW's learning rates; all other parameters have AdamW."""
     learning_rate: PositiveFloat = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    """Decoupled, on matrices only."""
+    """Decoupled, on matrices only: not on embeddings, learned tokens, positions, biases and scales."""
     b1: Probability = 0.9
     b2: Probability = 0.95
     state_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -86,6 +86,9 @@ class TrainConfig(Config):
     """Studies a step, over all devices."""
     accumulate: PositiveInt = 1
     """Parts a batch is computed in, one after another, to save memory; contrastive tasks see one part at a time."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the gradients of linear layers when devices sum them, where `model.dtype` is bfloat16: bfloat16 halves what is
+    sent and rounds each device's share to 8 bits."""
     ema_decay: Probability | None = None
     """Keeps an exponential moving average of the parameters, which evaluation then uses."""
     max_skipped: PositiveInt = 20

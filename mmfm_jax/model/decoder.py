@@ -47,7 +47,7 @@ class TextDecoder(nnx.Module):
     ):
         """`tied`: a token is foretold by the vector that also embeds it."""
         self.config, self.dtype = config, dtype
-        self.embed = Table(vocabulary_size, config.width, rngs, axis="vocabulary")
+        self.embed = Table(vocabulary_size, config.width, rngs, kind="embedding", axis="vocabulary")
         self.memory = Linear(latent_width, config.width, ("mlp", "width"), rngs)
         self.transformer = Transformer(config, rngs, cross_attention=True, causal=True)
         self.head = None if tied else Linear(config.width, vocabulary_size, ("width", "vocabulary"), rngs, bias=True)

@@ -23,8 +23,8 @@ class Fusion(nnx.Module):
         """`widths`: of the tokens of each part, by the part's name."""
         self.parts, self.dtype = tuple(widths), dtype
         self.project = nnx.List([Linear(width, config.width, ("mlp", "width"), rngs) for width in widths.values()])
-        self.part = Table(len(widths), config.width, rngs)
-        self.latents = Table(config.latents, config.width, rngs)
+        self.part = Table(len(widths), config.width, rngs, kind="position")
+        self.latents = Table(config.latents, config.width, rngs, kind="token")
         self.transformer = Transformer(config, rngs, cross_attention=True)
 
     def __call__(self, parts: Mapping[str, Tokens]) -> Float[Array, "batch latent width"]:

@@ -11,8 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from mmfm_jax.data.batch import Array
-from mmfm_jax.model.precision import Precision, matmul
-from mmfm_jax.parallel.platform import platform
+from mmfm_jax.model import precision, product
+from mmfm_jax.model.parameter import Kind, parameter
 
 EPSILON = 1e-6
 STATISTIC = "statistic"  # name of the one number a token that a norm divides by, which backward may keep
@@ -23,26 +23,23 @@ class Linear(nnx.Module):
     """x @ kernel (+ bias), in the dtype of `x` over float32 parameters.
 
     `axes` names the input and the output axis; `gain` scales the initial standard deviation sqrt(1 / input width).
-    `precision` may be set to that of eight-bit products.
+    `precision` may be set to that of eight-bit products, `reduce_dtype` to what devices sum gradients in.
     """
 
-    precision: Precision = "dtype"
+    precision: precision.Precision = "dtype"
+    reduce_dtype: product.ReduceDtype = "float32"
 
     def __init__(self, inputs: int, outputs: int, axes: Axes, rngs: nnx.Rngs, bias=False, gain=1.0):
         scale = gain * inputs**-0.5
-        self.kernel = nnx.Param(_truncated_normal(rngs.params(), (inputs, outputs), scale), axes=axes)
-        self.bias = nnx.Param(jnp.zeros(outputs), axes=axes[1:]) if bias else None
+        self.kernel = parameter(_truncated_normal(rngs.params(), (inputs, outputs), scale), "matrix", axes)
+        self.bias = parameter(jnp.zeros(outputs), "bias", axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        kernel = self.kernel[...].astype(x.dtype)
-        if self.precision != "dtype":
-            y: Any = matmul(x, self.kernel[...], self.precision)
-        elif platform() == "cpu":  # flat is twice as fast there; elsewhere it would hide the axes from the partitioner
-            flat = x.reshape(-1, x.shape[-1])
-            y = (flat @ kernel).reshape(*x.shape[:-1], -1)
+        if self.precision == "dtype":
+            y: Any = product.matmul(x, self.kernel[...], self.reduce_dtype)
         else:
-            y = x @ kernel
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+            y = precision.matmul(x, self.kernel[...], self.precision)
+        return y if self.bias is None else product.add_bias(y, self.bias[...], self.reduce_dtype)
 
 
 def rms_norm(x: Float[Array, "*batch width"], scale: Float[Array, "width"]) -> Float[Array, "*batch width"]:
@@ -54,7 +51,7 @@ def rms_norm(x: Float[Array, "*batch width"], scale: Float[Array, "width"]) -> F
 
 class RMSNorm(nnx.Module):
     def __init__(self, width: int):
-        self.scale = nnx.Param(jnp.ones(width), axes=(None,))
+        self.scale = parameter(jnp.ones(width), "scale", (None,))
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         return rms_norm(x, self.scale[...])
@@ -63,8 +60,8 @@ class RMSNorm(nnx.Module):
 class Table(nnx.Module):
     """Learned vectors by index, such as the embeddings of a vocabulary."""
 
-    def __init__(self, entries: int, width: int, rngs: nnx.Rngs, axis: str | None = None):
-        self.table = nnx.Param(_truncated_normal(rngs.params(), (entries, width), 0.02), axes=(axis, "width"))
+    def __init__(self, entries: int, width: int, rngs: nnx.Rngs, *, kind: Kind, axis: str | None = None):
+        self.table = parameter(_truncated_normal(rngs.params(), (entries, width), 0.02), kind, (axis, "width"))
 
     def __call__(self, index: Array) -> Float[Array, "*batch width"]:
         return jnp.take(self.table[...], index, axis=0)
@@ -87,7 +84,11 @@ def stack(make, depth: int, rngs: nnx.Rngs):
         return state
 
     states = jax.vmap(initialise)(jax.random.split(rngs.params(), depth))
-    return nnx.merge(graphs[0], states)
+    made = nnx.merge(graphs[0], states)
+    for _, variable in nnx.iter_graph(made):
+        if isinstance(variable, nnx.Variable):
+            variable.set_metadata(stacked=True)
+    return made
 
 
 def _truncated_normal(key, shape, scale: float):

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from mmfm_jax.config.model import TableConfig
 from mmfm_jax.data.batch import Array, InputSpec, TablePart
 from mmfm_jax.model.layers import Table
+from mmfm_jax.model.parameter import parameter
 from mmfm_jax.model.transformer import Transformer
 
 FREQUENCY_SD = 0.5  # turns per standard deviation of the number, at initialisation
@@ -23,9 +24,9 @@ class NumberEmbedding(nnx.Module):
         turns = FREQUENCY_SD * jax.random.normal(rngs.params(), (columns, frequencies))
         scale = (2 * frequencies + 1) ** -0.5
         kernel = scale * jax.random.normal(rngs.params(), (columns, 2 * frequencies + 1, width))
-        self.turns = nnx.Param(turns, axes=(None, None))
-        self.kernel = nnx.Param(kernel, axes=(None, None, "width"))
-        self.bias = nnx.Param(jnp.zeros((columns, width)), axes=(None, "width"))
+        self.turns = parameter(turns, "frequency", (None, None))
+        self.kernel = parameter(kernel, "matrix", (None, None, "width"))
+        self.bias = parameter(jnp.zeros((columns, width)), "bias", (None, "width"))
 
     def __call__(self, numbers: Float[Array, "batch column"]) -> Float[Array, "batch column width"]:
         angle = 2 * np.pi * numbers[:, :, None] * self.turns[...]
@@ -43,11 +44,11 @@ class TableEncoder(nnx.Module):
         self.numbers = (
             NumberEmbedding(len(spec.numbers), config.frequencies, config.width, rngs) if spec.numbers else None
         )
-        self.categories = Table(sum(sizes), config.width, rngs) if sizes else None
+        self.categories = Table(sum(sizes), config.width, rngs, kind="embedding") if sizes else None
         self.first_entry = tuple(int(first) for first in np.cumsum([0, *sizes[:-1]])) if sizes else ()
-        self.column = Table(columns, config.width, rngs)
-        self.missing = Table(columns, config.width, rngs)
-        self.masked = Table(columns, config.width, rngs)
+        self.column = Table(columns, config.width, rngs, kind="position")
+        self.missing = Table(columns, config.width, rngs, kind="token")
+        self.masked = Table(columns, config.width, rngs, kind="token")
         self.transformer = Transformer(config, rngs)
 
     def __call__(

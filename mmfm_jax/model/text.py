@@ -17,7 +17,7 @@ from mmfm_jax.model.transformer import Transformer
 class TextEncoder(nnx.Module):
     def __init__(self, config: TransformerConfig, vocabulary_size: int, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
-        self.embed = Table(vocabulary_size, config.width, rngs, axis="vocabulary")
+        self.embed = Table(vocabulary_size, config.width, rngs, kind="embedding", axis="vocabulary")
         self.transformer = Transformer(config, rngs)
 
     def __call__(

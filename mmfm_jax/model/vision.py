@@ -48,7 +48,7 @@ class VisionEncoder(nnx.Module):
                 for role, shape in images.items()
             }
         )
-        self.registers = Table(config.registers, config.width, rngs) if config.registers else None
+        self.registers = Table(config.registers, config.width, rngs, kind="token") if config.registers else None
         self.transformer = Transformer(config, rngs)
 
     def __call__(self, role: str, part: ImagePart | PackedPart) -> Tokens:

@@ -1,6 +1,6 @@
 """The one table from logical axes to mesh axes, and everything that is sharded by it.
 
-Parameters carry the names of their axes (`nnx.Param(value, axes=("width", "mlp"))`) and activations are named where
+Parameters carry the names of their axes (model/parameter.py) and activations are named where
 they are constrained; neither knows the mesh. To shard differently, change this table.
 """
 
@@ -62,13 +62,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def of_parameters(params: nnx.State, mesh: Mesh) -> nnx.State:
-    """The sharding of each parameter, as a tree of the same structure. `params` may be shapes alone."""
+def of_variables(variables: nnx.State, mesh: Mesh) -> nnx.State:
+    """The sharding of each parameter or buffer, as a tree of the same structure; one that names no axes is whole on
+    every device. `variables` may be shapes alone."""
     shardings = [
-        NamedSharding(mesh, partition(variable.get_metadata()["axes"], variable.get_value().shape, mesh))
-        for _, variable in nnx.to_flat_state(params)
+        NamedSharding(mesh, partition(variable.get_metadata().get("axes", ()), variable.get_value().shape, mesh))
+        for _, variable in nnx.to_flat_state(variables)
     ]
-    return jax.tree.unflatten(jax.tree.structure(params), shardings)
+    return jax.tree.unflatten(jax.tree.structure(variables), shardings)
 
 
 def check_batch_size(batch_size: int, accumulate: int, mesh: Mesh | AbstractMesh, studies_a_row: int = 1) -> None:

@@ -156,7 +156,7 @@ def make_program(experiment: Experiment, spec: InputSpec, mesh: Mesh, voxels: di
     config = experiment.train
     check_fit(experiment, mesh)
     optimizer = make_optimizer(experiment.optimizer, config.steps)
-    graph, _ = learner_shapes(experiment, spec)
+    graph, *_ = learner_shapes(experiment, spec)
     shapes = jax.eval_shape(lambda: initial_state(experiment, spec, optimizer))
     shardings = state_shardings(shapes, mesh)
 

@@ -83,7 +83,7 @@ def measure(experiment: Experiment, spec: InputSpec, voxels: dict[str, str] | No
         mesh=dict(mesh.shape),
         seconds=tuple(seconds[WARM_UP:]),
         compile_seconds=compile_seconds,
-        model_flops=step_flops(program.graph, spec, program.state.params, program.batch),
+        model_flops=step_flops(program.graph, experiment, spec, program.state, program.batch),
         tokens=tokens_of(spec),
         peak_flops=peak and peak * mesh.size,
         memory=lower.memory(step) if step.memory_analysis() is not None else None,

@@ -126,7 +126,7 @@ def make_plan(
         hbm={name: float(count * many) for name, count in hbm.items()},
         hbm_bytes=float(needed * many),
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
-        model_flops=step_flops(program.graph, program.spec, state.params, program.batch),
+        model_flops=step_flops(program.graph, experiment, program.spec, state, program.batch),
         tokens=tokens_of(program.spec),
         estimated=estimated,
         price=price,

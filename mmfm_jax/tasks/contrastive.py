@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Annotated, ClassVar, Literal
 
 import jax
@@ -27,11 +28,12 @@ from mmfm_jax.metrics.statistics import retrieval_ranks
 from mmfm_jax.model.attention import Attention
 from mmfm_jax.model.layers import Linear, RMSNorm, Table
 from mmfm_jax.model.multimodal import modality
+from mmfm_jax.model.parameter import parameter
 from mmfm_jax.model.tokens import Tokens, join
 from mmfm_jax.tasks.base import Losses, Needs, Task, TaskConfig, Views
 
 Modality = Literal["image", "text", "table"]
-LARGEST_SCALE = 100.0  # as in CLIP
+LARGEST_SCALE = 100.0  # after each update, as in CLIP, so that what reached it can come down again
 EXAMPLES = 12
 
 
@@ -59,7 +61,7 @@ class ContrastiveConfig(TaskConfig):
     """Each pair judged by itself (SigLIP), or each study's partner chosen among the batch (CLIP)."""
     width: PositiveInt = 128
     """Of the space in which the two meet."""
-    initial_scale: PositiveFloat = 10.0
+    initial_scale: Annotated[PositiveFloat, Field(le=LARGEST_SCALE)] = 10.0
     """Of the similarities: the inverse of the softmax's temperature."""
     initial_bias: float = -10.0
     """Sigmoid only: start near -log(studies a step), where every pair is as likely a match as it truly is."""
@@ -85,7 +87,7 @@ class Pool(nnx.Module):
     """One learned query attends to all tokens of a modality; its answer is mapped to a unit vector."""
 
     def __init__(self, width: int, heads: int, embedding: int, rngs: nnx.Rngs):
-        self.query = Table(1, width, rngs)
+        self.query = Table(1, width, rngs, kind="token")
         self.attend = Attention(width, heads, rngs)
         self.norm = RMSNorm(width)
         self.project = Linear(width, embedding, ("width", None), rngs)
@@ -116,8 +118,8 @@ class Contrastive(Task):
             {side: Pool(encoders[side].width, encoders[side].heads, config.width, rngs) for side in config.between}
         )
         sigmoid = config.loss == "sigmoid"
-        self.log_scale = nnx.Param(jnp.log(config.initial_scale), axes=())
-        self.bias = nnx.Param(jnp.array(config.initial_bias), axes=()) if sigmoid else None
+        self.log_scale = parameter(jnp.log(config.initial_scale), "scale", (), largest=math.log(LARGEST_SCALE))
+        self.bias = parameter(jnp.array(config.initial_bias), "bias", ()) if sigmoid else None
 
     def embed(self, views: Views, side: str) -> tuple[Float[Array, "batch embedding"], Bool[Array, "batch"]]:
         """The unit vector of a modality, and whether the study has it."""
@@ -127,7 +129,7 @@ class Contrastive(Task):
     def loss(self, views: Views, keys: PRNGKeyArray) -> Losses:
         (a, a_present), (b, b_present) = (self.embed(views, side) for side in self.config.between)
         duplicates = self.config.mask_duplicates and "text" in self.config.between
-        scale = jnp.minimum(jnp.exp(self.log_scale[...]), LARGEST_SCALE)
+        scale = jnp.exp(self.log_scale[...])
         loss, accuracy = contrast(
             self.config.loss, a, b, a_present & b_present, scale, None if self.bias is None else self.bias[...],
             text_hashes(views.batch) if duplicates else None,

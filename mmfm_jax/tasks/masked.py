@@ -100,7 +100,7 @@ class Masked(Task):
         )
         self.width = width
         parts = len(self.shapes) + len(self.fields) + self.numbers + self.categories
-        self.query = Table(parts, width, rngs)  # one a role, a field and a column
+        self.query = Table(parts, width, rngs, kind="token")  # one a role, a field and a column
         self.place = Linear(width, width, ("mlp", "width"), rngs)
         self.voxels = nnx.Dict(
             {

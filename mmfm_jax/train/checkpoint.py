@@ -201,8 +201,9 @@ def load_run(run: str | Path) -> TrainedRun:
     optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
     shapes = jax.eval_shape(lambda: initial_state(experiment, spec, optimizer))
     averaged = shapes.average is not None
-    state = checkpoints.restore_matching(step, shapes, None, ["average.*" if averaged else "params.*"])
+    patterns = ["average.*" if averaged else "params.*", *(["buffers.*"] if jax.tree.leaves(shapes.buffers) else [])]
+    state = checkpoints.restore_matching(step, shapes, None, patterns)
     checkpoints.close()
-    graph, _ = learner_shapes(experiment, spec)
-    learner = nnx.merge(graph, state.average if averaged else state.params)
+    graph, *_ = learner_shapes(experiment, spec)
+    learner = nnx.merge(graph, state.average if averaged else state.params, state.buffers)
     return TrainedRun(experiment, spec, tokenizer, step, learner)

@@ -8,11 +8,17 @@ from typing import Any
 import jax
 from flax import nnx
 from jax.extend import core
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from mmfm_jax.data.batch import Batch, InputSpec
 from mmfm_jax.data.feed.transforms import prepare
+from mmfm_jax.experiment import Experiment
+from mmfm_jax.model.attention import Attention
+from mmfm_jax.model.transformer import Transformer
 from mmfm_jax.parallel.mesh import AXES
+from mmfm_jax.train import groups
+from mmfm_jax.train.state import TrainState
 
 PEAK_TFLOPS = {  # dense bf16, a chip, as the vendors publish them
     "TPU v4": 275.0,
@@ -44,25 +50,35 @@ def peak_flops(device: Any) -> float | None:
 def model_flops(function, *shapes) -> float:
     """FLOPs of the matrix products and convolutions of a function, scans times their length.
 
-    For training multiply that of the forward loss by 3, as is usual: backward has two products for each, and
-    what is rematerialised does not count.
+    Those that nothing comes of are not counted.
     """
-    return _count(jax.make_jaxpr(function)(*shapes).jaxpr)
+    traced = jax.make_jaxpr(function)(*shapes).jaxpr
+    return _count(dce_jaxpr(traced, [True] * len(traced.outvars))[0])
 
 
-def step_flops(graph: nnx.GraphDef, spec: InputSpec, params: nnx.State, batch: Batch) -> float:
-    """Model FLOPs of a training step of one global batch: 3 x forward of the losses.
+def step_flops(graph: nnx.GraphDef, experiment: Experiment, spec: InputSpec, state: TrainState, batch: Batch) -> float:
+    """Model FLOPs of a training step of one global batch: of the losses and of their gradient by what is trained.
 
-    Traced as for one CPU, so that the count does not depend on which kernel attends or how the mesh splits the work.
+    Without frozen parameters these are 3 x forward less the gradients of what enters the first layers, which nobody
+    asks for. A frozen parameter spares its own product of backward, and those of all before it if they are frozen too.
+    Traced as for one CPU, with all scores of attention at once and nothing computed anew, so that the count does not
+    depend on which kernel attends, on what backward keeps or on how the mesh splits the work.
     """
 
-    def loss(params, batch):
-        return nnx.merge(graph, params).loss(prepare(batch, spec, None, None), jax.random.key(0), train=True)[0]
+    def loss(trained, frozen, buffers, batch):
+        learner = nnx.merge(graph, trained, frozen, buffers)
+        for _, module in nnx.iter_modules(learner):
+            if isinstance(module, Transformer):
+                module.remat = "none"
+            if isinstance(module, Attention):
+                module.implementation = "xla"
+        return learner.loss(prepare(batch, spec, None, None), jax.random.key(0), train=True)[0]
 
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, batch))
+    split = groups.split(state.params, experiment.optimizer.groups)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (*split, state.buffers, batch))
     # JAX lets a mesh give way to one of another size only by way of none.
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())), jax.sharding.use_abstract_mesh(ONE_CPU):
-        return 3 * model_flops(loss, *shapes)
+        return model_flops(jax.value_and_grad(loss), *shapes)
 
 
 def _count(jaxpr: core.Jaxpr) -> float:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from mmfm_jax.config.training import ParameterGroup
 from mmfm_jax.errors import UserError
+from mmfm_jax.model.parameter import stacked
 
 Groups = Sequence[ParameterGroup]
 
@@ -57,11 +58,6 @@ def split(params: nnx.State, groups: Groups) -> tuple[nnx.State, nnx.State]:
 
     frozen_ones, trained = nnx.split_state(params, frozen, ...)
     return trained, frozen_ones
-
-
-def stacked(variable: nnx.Variable) -> bool:
-    """Whether a parameter has the axis of a stack's layers in front of those it names."""
-    return len(variable.get_value().shape) > len(variable.get_metadata()["axes"])
 
 
 def rates(params: nnx.State, groups: Groups) -> nnx.State:

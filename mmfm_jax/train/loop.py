@@ -96,12 +96,12 @@ def train(
         stopping = stack.enter_context(StopSignal())
 
         batch = next(batches)
-        graph, _ = learner_shapes(experiment, spec)
-        check_best(experiment, graph, spec, state.params, batch)
+        graph, *_ = learner_shapes(experiment, spec)
+        check_best(experiment, graph, spec, state, batch)
         optimizer = make_optimizer(experiment.optimizer, steps)
         with clock("compile"):
             step = jitted_step(graph, experiment, spec, optimizer, shardings, mesh).lower(state, batch).compile()
-            flops = step_flops(graph, spec, state.params, batch)
+            flops = step_flops(graph, experiment, spec, state, batch)
             meet("step compiled")
         profiler = Profiler(run / PROFILE, experiment.train.profile)
         stack.callback(profiler.close)
@@ -150,15 +150,15 @@ def first_state(
         return jax.jit(initial, out_shardings=shardings)(), shardings
 
 
-def check_best(experiment: Experiment, graph: Any, spec: InputSpec, params: Any, batch: Batch) -> None:
+def check_best(experiment: Experiment, graph: Any, spec: InputSpec, state: TrainState, batch: Batch) -> None:
     """Raises UserError when `checkpoint.best` is none of the metrics that validation gives; nothing is computed."""
     best = experiment.checkpoint.best
     validate = make_validation(graph, experiment, spec)
 
-    def metrics(params: Any, batch: Batch) -> Any:
-        return nnx.merge(graph, params).metrics(validate(params, batch, np.int32(1)))
+    def metrics(params: Any, buffers: Any, batch: Batch) -> Any:
+        return nnx.merge(graph, params, buffers).metrics(validate(params, buffers, batch, np.int32(1)))
 
-    names = sorted(f"validation/{name}" for name in jax.eval_shape(metrics, params, batch))
+    names = sorted(f"validation/{name}" for name in jax.eval_shape(metrics, state.params, state.buffers, batch))
     if best is not None and best not in names:
         raise UserError(f"checkpoint.best: {best} is no metric of this run; there are {', '.join(names)}, or null")
 
@@ -196,8 +196,8 @@ class Loop:
     step: Callable[[Any, Any], tuple[Any, dict[str, Any]]]
     """From state and batch to the next state and metrics, which may still be under way when it returns."""
     next_batch: Callable[[], Any]
-    validate: Callable[[Any], dict[str, float]]
-    """From parameters to metrics."""
+    validate: Callable[[Any, Any], dict[str, float]]
+    """From parameters and buffers to metrics."""
     save: Callable[[int, Any, dict[str, float]], None]
     """Of a step, its state and, if it was validated, its validation metrics."""
     stopped: Callable[[int], bool]
@@ -260,7 +260,7 @@ class Loop:
     def _validate(self, number: int, state: Any) -> dict[str, float]:
         self._settle(0)
         with self.clock("validate"):
-            metrics = self.validate(state.params if state.average is None else state.average)
+            metrics = self.validate(state.params if state.average is None else state.average, state.buffers)
         self.telemetry.log(number, metrics)
         self.watchdog.ended(number)
         return metrics

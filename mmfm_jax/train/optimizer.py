@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from optax import contrib
 
 from mmfm_jax.config.training import OptimizerConfig
+from mmfm_jax.model.parameter import kind_of, largest_of, stacked
 from mmfm_jax.train import groups
 
 MOMENTUM = 0.95  # of Muon, its author's
@@ -84,14 +87,23 @@ def muon(state_dtype: str) -> optax.GradientTransformation:
 
 def kinds(params: nnx.State) -> nnx.State:
     """`muon` for the matrices of stacks; `adamw` for embeddings, heads, projections between encoders, and vectors."""
-    hidden = [
-        groups.stacked(variable) and len(variable.get_metadata()["axes"]) == 2
-        for _, variable in nnx.to_flat_state(params)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(params), ["muon" if flag else "adamw" for flag in hidden])
+    return _of_each(params, lambda variable: "muon" if stacked(variable) and kind_of(variable) == "matrix" else "adamw")
 
 
 def matrices(params: nnx.State) -> nnx.State:
-    """Which parameters are matrices, by their named axes: a stack of vectors is not one."""
-    flags = [len(variable.get_metadata()["axes"]) >= 2 for _, variable in nnx.to_flat_state(params)]
-    return jax.tree.unflatten(jax.tree.structure(params), flags)
+    """Which parameters decay: those made as matrices."""
+    return _of_each(params, lambda variable: kind_of(variable) == "matrix")
+
+
+def bounded(params: nnx.State) -> nnx.State:
+    """The parameters after an update, none above the largest value that it was made with.
+
+    That is done to the parameter and not where it is used: there, a clamp has no gradient, and what once passed the
+    bound would never come back.
+    """
+    largest = _of_each(params, lambda variable: np.inf if largest_of(variable) is None else largest_of(variable))
+    return jax.tree.map(lambda x, most: x if most == np.inf else jnp.minimum(x, most), params, largest)
+
+
+def _of_each(params: nnx.State, of: Callable[[nnx.Variable], Any]) -> nnx.State:
+    return jax.tree.unflatten(jax.tree.structure(params), [of(variable) for _, variable in nnx.to_flat_state(params)])

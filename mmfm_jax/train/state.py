@@ -14,6 +14,8 @@ from jaxtyping import Array, Int, UInt32
 
 from mmfm_jax.data.batch import InputSpec
 from mmfm_jax.experiment import Experiment
+from mmfm_jax.model.layers import Linear
+from mmfm_jax.model.parameter import check_parameters
 from mmfm_jax.parallel import sharding
 from mmfm_jax.train import groups
 from mmfm_jax.train.learner import Learner
@@ -23,7 +25,10 @@ from mmfm_jax.train.learner import Learner
 @dataclass(frozen=True)
 class TrainState:
     params: nnx.State
-    """Float32."""
+    """Float32: what is learnt, and nothing else."""
+    buffers: nnx.State
+    """Every other variable of the learner, of any dtype, as the loss of a step leaves it to the next. Neither
+    differentiated nor averaged."""
     optimizer: optax.OptState
     """Of the parameters that are not frozen."""
     average: nnx.State | None
@@ -37,22 +42,29 @@ class TrainState:
     """Raw random key of the run; step s draws from `fold_in(key, s)`."""
 
 
-def learner_shapes(experiment: Experiment, spec: InputSpec) -> tuple[nnx.GraphDef, nnx.State]:
-    """The structure of the learner and the shapes of its parameters; nothing is allocated.
+def learner_shapes(experiment: Experiment, spec: InputSpec) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """The structure of the learner, and the shapes of its parameters and buffers; nothing is allocated.
 
     Raises UserError when a task or a parameter group does not fit it.
     """
-    graph, params = nnx.split(nnx.eval_shape(lambda: Learner(experiment, spec, nnx.Rngs(params=jax.random.key(0)))))
+    learner = nnx.eval_shape(lambda: Learner(experiment, spec, nnx.Rngs(params=jax.random.key(0))))
+    for _, module in nnx.iter_modules(learner):
+        if isinstance(module, Linear):
+            module.reduce_dtype = experiment.train.reduce_dtype
+    graph, params, buffers = nnx.split(learner, nnx.Param, ...)
+    check_parameters(params)
     groups.check(experiment.optimizer.groups, params)
-    return graph, params
+    return graph, params, buffers
 
 
 def initial_state(experiment: Experiment, spec: InputSpec, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step, a function of `experiment.seed`."""
     key = jax.random.key(experiment.seed)
-    params = nnx.state(Learner(experiment, spec, nnx.Rngs(params=jax.random.fold_in(key, 0))))
+    learner = Learner(experiment, spec, nnx.Rngs(params=jax.random.fold_in(key, 0)))
+    _, params, buffers = nnx.split(learner, nnx.Param, ...)
     return TrainState(
         params=params,
+        buffers=buffers,
         optimizer=optimizer.init(groups.split(params, experiment.optimizer.groups)[0]),
         average=None if experiment.train.ema_decay is None else jax.tree.map(jnp.copy, params),
         step=jnp.zeros((), jnp.int32),
@@ -63,14 +75,16 @@ def initial_state(experiment: Experiment, spec: InputSpec, optimizer: optax.Grad
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> Any:
-    """Where each leaf of the state lives: parameters, their moments and average by the rule table, scalars everywhere.
+    """Where each leaf of the state lives: parameters, their moments and average, and buffers by the rule
+    table, scalars everywhere.
 
     `state` may be shapes alone.
     """
-    params = sharding.of_parameters(state.params, mesh)
+    params = sharding.of_variables(state.params, mesh)
     everywhere: Any = sharding.replicated(mesh)
     return TrainState(
         params=params,
+        buffers=sharding.of_variables(state.buffers, mesh),
         optimizer=sharding.like_parameters(state.optimizer, state.params, params, mesh),
         average=None if state.average is None else params,
         step=everywhere,

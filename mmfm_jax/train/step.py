@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray, UInt32
+from jaxtyping import Array, PRNGKeyArray, UInt32
 
 from mmfm_jax.data.batch import Batch, InputSpec
 from mmfm_jax.data.feed.transforms import prepare
@@ -21,7 +21,7 @@ from mmfm_jax.parallel.loops import scan
 from mmfm_jax.tasks.base import Scalars
 from mmfm_jax.train import groups
 from mmfm_jax.train.learner import ByTask, Sums
-from mmfm_jax.train.optimizer import schedule
+from mmfm_jax.train.optimizer import bounded, schedule
 from mmfm_jax.train.state import TrainState
 
 Counts = dict[str, dict[str, Any]]
@@ -34,14 +34,19 @@ def make_step(
     """The function from a state and a raw global batch to the next state and the step's metrics."""
     config, rate = experiment.train, schedule(experiment.optimizer, experiment.train.steps)
 
-    def objective(params, frozen, counts: Counts | None, batch: Batch, keys) -> tuple[Float[Array, ""], Sums]:
-        """What is minimised, and its sums; divided by `counts`, if given, in place of those of this part."""
-        learner = nnx.merge(graph, params, frozen)
+    def objective(params, frozen, buffers, counts: Counts | None, batch: Batch, keys):
+        """What is minimised; its sums, and the buffers that it leaves. Divided by `counts`, if given, in place of those
+        of this part."""
+        learner = nnx.merge(graph, params, frozen, buffers)
         sums = learner.sums(batch, keys, train=True)
-        return learner.objective(sums.losses if counts is None else divided_by(sums.losses, counts)), sums
+        total = learner.objective(sums.losses if counts is None else divided_by(sums.losses, counts))
+        return total, (sums, nnx.state(learner, nnx.Not(nnx.Param)))
 
-    def gradient(params: nnx.State, frozen: nnx.State, batch: Batch, rng: jax.Array) -> tuple[nnx.State, Sums]:
-        """The gradient of the objective of the whole batch, and its sums, over its parts one after another.
+    def gradient(
+        params: nnx.State, frozen: nnx.State, buffers: nnx.State, batch: Batch, rng: jax.Array
+    ) -> tuple[nnx.State, Sums, nnx.State]:
+        """The gradient of the objective of the whole batch, its sums, and the buffers that it leaves, over its parts
+        one after another; each part gets the buffers of the one before.
 
         Each loss is divided by the count of the whole batch and not of a part, so parts that hold unequally many
         labels, tokens or images weigh as they would in one piece.
@@ -49,33 +54,49 @@ def make_step(
         differentiate = jax.grad(objective, has_aux=True)
         keys = jax.random.split(rng, len(batch.study))  # of each study, so what is drawn of it does not depend on parts
         if config.accumulate == 1:
-            return differentiate(params, frozen, None, batch, keys)
+            gradients, (sums, after) = differentiate(params, frozen, buffers, None, batch, keys)
+            return gradients, sums, after
         parts = split(batch, keys, config.accumulate)
         first = jax.tree.map(lambda x: x[0], parts)
 
         def total(function):
-            """The sum of what a function gives of each part."""
-            shapes = jax.eval_shape(function, *first)
+            """The sum of what a function of buffers and a part gives, and the buffers that the last part leaves."""
+
+            def add(carried, part):
+                of_part, after = function(carried[1], *part)
+                return (jax.tree.map(jnp.add, carried[0], of_part), after), None
+
+            shapes = jax.eval_shape(function, buffers, *first)[0]
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            return scan(lambda sum, part: (jax.tree.map(jnp.add, sum, function(*part)), None), zeros, parts)[0]
+            return scan(add, (zeros, buffers), parts)[0]
+
+        def counted(buffers, batch, keys):
+            sums, after = objective(params, frozen, buffers, None, batch, keys)[1]
+            return counts_of(sums.losses), after
 
         # A count is of what is present and hidden; that it is learnt from nothing lets the compiler drop all else.
-        counts = total(lambda batch, keys: counts_of(objective(params, frozen, None, batch, keys)[1].losses))
-        return total(lambda batch, keys: differentiate(params, frozen, counts, batch, keys))
+        counts, _ = total(counted)
+
+        def differentiated(buffers, batch, keys):
+            gradients, (sums, after) = differentiate(params, frozen, buffers, counts, batch, keys)
+            return (gradients, sums), after
+
+        (gradients, sums), after = total(differentiated)
+        return gradients, sums, after
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         augment_rng, loss_rng = jax.random.split(rng)
         prepared = prepare(batch, spec, experiment.data.augments, augment_rng)
         trained, frozen = groups.split(state.params, experiment.optimizer.groups)
-        gradients, sums = gradient(trained, frozen, prepared, loss_rng)
-        losses = nnx.merge(graph, trained, frozen).metrics(sums)
+        gradients, sums, buffers = gradient(trained, frozen, state.buffers, prepared, loss_rng)
+        losses = nnx.merge(graph, trained, frozen, state.buffers).metrics(sums)
         loss = losses["loss"]
 
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updates, moments = optimizer.update(gradients, state.optimizer, trained)
-        params: Any = optax.apply_updates(trained, updates)
+        params: Any = bounded(optax.apply_updates(trained, updates))
         average = None
         if state.average is not None and config.ema_decay is not None:
             updates_before = (state.step - state.skipped).astype(jnp.float32)
@@ -91,6 +112,7 @@ def make_step(
 
         following = TrainState(
             params=if_finite(nnx.merge_state(params, frozen), state.params),
+            buffers=if_finite(buffers, state.buffers),
             optimizer=if_finite(moments, state.optimizer),
             average=if_finite(average, state.average),
             step=state.step + 1,
@@ -132,15 +154,16 @@ def jitted_step(
 
 
 def make_validation(graph: nnx.GraphDef, experiment: Experiment, spec: InputSpec) -> Callable:
-    """The function from parameters, a raw batch and the batch's number to sums of losses and metrics, unaugmented.
+    """The function from parameters, buffers, a raw batch and the batch's number to sums of losses and metrics,
+    unaugmented. The buffers stay as they are.
 
     Sums of several batches add up; `Learner.metrics` divides them.
     """
 
-    def validate(params: nnx.State, batch: Batch, number: Array) -> Sums:
+    def validate(params: nnx.State, buffers: nnx.State, batch: Batch, number: Array) -> Sums:
         rng = jax.random.fold_in(jax.random.key(experiment.seed), number)
         keys = jax.random.split(rng, len(batch.study))
-        return nnx.merge(graph, params).sums(prepare(batch, spec, None, None), keys, train=False)
+        return nnx.merge(graph, params, buffers).sums(prepare(batch, spec, None, None), keys, train=False)
 
     return validate
 

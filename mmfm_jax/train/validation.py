@@ -34,15 +34,15 @@ class Validation:
         )
         self._validate = jax.jit(make_validation(graph, experiment, spec), out_shardings=sharding.replicated(mesh))
         self._compiled: Any = None
-        learner = nnx.merge(graph, learner_shapes(experiment, spec)[1])
+        learner = nnx.merge(*learner_shapes(experiment, spec))
         self._divide = jax.jit(learner.metrics)
 
-    def __call__(self, params) -> dict[str, float]:
+    def __call__(self, params, buffers) -> dict[str, float]:
         """By `validation/METRIC`."""
         size, total = self._config.batch_size, None
         batches = evaluation_batches(self._samples, "validation", size, self._rows, self._studies)
         for count, local in enumerate(batches, 1):
-            given = (params, sharding.global_batch(local, self._rows, size, self._mesh), jnp.int32(count))
+            given = (params, buffers, sharding.global_batch(local, self._rows, size, self._mesh), jnp.int32(count))
             if self._compiled is None:
                 self._compiled = self._validate.lower(*given).compile()
                 meet("validation compiled")

@@ -34,7 +34,7 @@ def test_both_sides_have_as_many_flops_and_parameters(name):
     trained, _ = groups.split(program.state.params, experiment.optimizer.groups)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(trained))
     theirs, their_flops = peer.size_of(experiment)
-    flops = step_flops(program.graph, program.spec, program.state.params, program.batch)
+    flops = step_flops(program.graph, experiment, program.spec, program.state, program.batch)
     assert flops == pytest.approx(their_flops, rel=0.005)
     assert parameters == pytest.approx(theirs, rel=0.02)
 

@@ -31,7 +31,7 @@ def run(mesh, experiment, spec, batch, start: TrainState | None = None):
     It begins with `start`, which is otherwise made on the mesh, as a run makes it.
     """
     optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
-    graph, _ = learner_shapes(experiment, spec)
+    graph, *_ = learner_shapes(experiment, spec)
     shapes = jax.eval_shape(lambda: initial_state(experiment, spec, optimizer))
     shardings = state_shardings(shapes, mesh)
     rows = sharding.local_rows(experiment.train.batch_size, mesh)

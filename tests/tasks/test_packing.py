@@ -116,7 +116,7 @@ def test_a_mesh_changes_nothing_of_a_packed_batch(learner, material, by_four, ex
     with jax.set_mesh(mesh):
         rows = sharding.local_rows(STUDIES, mesh)
         batch = sharding.global_batch(by_four, rows, STUDIES, mesh)
-        state = jax.device_put(state, sharding.of_parameters(state, mesh))
+        state = jax.device_put(state, sharding.of_variables(state, mesh))
         got = whole_loss(graph, material.spec)(state, batch)
     assert (2, 20) in rings  # rows and tokens of a device
     assert_same(jax.device_get(got), jax.device_get(expected))

@@ -8,11 +8,23 @@ from flax import nnx
 
 from mmfm_jax.config.model import TransformerConfig
 from mmfm_jax.config.training import MeshConfig
+from mmfm_jax.data.feed.transforms import prepare
 from mmfm_jax.losses.pairs import contrast
 from mmfm_jax.model.transformer import Transformer
 from mmfm_jax.parallel.mesh import AXES, make_mesh
 from mmfm_jax.train.flops import model_flops, step_flops
-from mmfm_jax.train.state import learner_shapes
+from mmfm_jax.train.optimizer import make_optimizer
+from mmfm_jax.train.state import initial_state, learner_shapes
+
+
+def shapes_of(experiment, spec):
+    """The learner's graph, the experiment and the shapes of its state."""
+    optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
+    return (
+        learner_shapes(experiment, spec)[0],
+        experiment,
+        jax.eval_shape(lambda: initial_state(experiment, spec, optimizer)),
+    )
 
 
 def test_a_scanned_transformer_counts_every_layer():
@@ -74,16 +86,50 @@ def test_kernels_count_their_grid_and_shards_their_devices():
 
 @pytest.mark.parametrize("kind", ["gpu", "tpu"])
 def test_model_flops_of_a_step_depend_on_no_platform(material, kind):
-    graph, params = learner_shapes(material.experiment, material.spec)
-    alone = step_flops(graph, material.spec, params, material.batch)
+    graph, experiment, state = shapes_of(material.experiment, material.spec)
+    alone = step_flops(graph, experiment, material.spec, state, material.batch)
     device = jax.sharding.AbstractDevice(kind, 1, kind)
     axes = ("data", "fsdp", "sequence", "tensor")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 2, 2, 1), axes, abstract_device=device)):
-        assert step_flops(graph, material.spec, params, material.batch) == alone > 0
+        assert step_flops(graph, experiment, material.spec, state, material.batch) == alone > 0
 
 
 def test_model_flops_of_a_step_depend_on_no_mesh(material):
-    graph, params = learner_shapes(material.experiment, material.spec)
-    alone = step_flops(graph, material.spec, params, material.batch)
+    graph, experiment, state = shapes_of(material.experiment, material.spec)
+    alone = step_flops(graph, experiment, material.spec, state, material.batch)
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=4, tensor=2))):
-        assert step_flops(graph, material.spec, params, material.batch) == alone
+        assert step_flops(graph, experiment, material.spec, state, material.batch) == alone
+
+
+STUDIES, PATCHES, VOXELS, REGISTERS = 16, 8, 32, 2  # of the small experiment: 4 x 8 x 8 in patches of 2 x 4 x 4
+VISION, FUSION, CLASSES = 24, 16, 2  # widths
+
+
+def by_hand(frozen: str | None, forward: float) -> float:
+    """Backward has two products for each of forward, of the input and of the kernel, but for what is asked of none."""
+    embedding, tokens = 2 * STUDIES * PATCHES * VOXELS * VISION, PATCHES + REGISTERS
+    if frozen is None:
+        return 3 * forward - embedding  # what enters is data
+    if frozen == "model.vision.*":
+        blocks = 2 * STUDIES * (2 * tokens * 12 * VISION**2 + 2 * 2 * tokens**2 * VISION)
+        into_fusion = 2 * STUDIES * tokens * VISION * FUSION  # its kernel has a gradient, its input none
+        return 3 * forward - 2 * (embedding + blocks) - into_fusion
+    return forward + 2 * STUDIES * FUSION * CLASSES
+
+
+@pytest.mark.parametrize("frozen", [None, "model.vision.*", "model.*"])
+def test_frozen_parameters_spare_their_products(make_experiment, material, frozen):
+    """Whatever backward keeps, and in bfloat16 with sums in float32 as in float32."""
+    found, kept = set(), {f"model.{stack}.remat": "full" for stack in ("vision", "text", "fusion")}
+    tasks = {"tasks": {"disease": {"kind": "classification", "label": "disease"}}}
+    for changes in ({}, kept, {"model.dtype": "bfloat16"}):
+        groups = [{"match": frozen, "frozen": True}] if frozen else []
+        experiment = make_experiment({**tasks, **changes, "optimizer.groups": groups})
+        graph, _, state = shapes_of(experiment, material.spec)
+
+        def loss(params, graph=graph):
+            batch = prepare(material.batch, material.spec, None, None)
+            return nnx.merge(graph, params).loss(batch, jax.random.key(0), train=True)[0]
+
+        found.add(step_flops(graph, experiment, material.spec, state, material.batch))
+    assert found == {by_hand(frozen, model_flops(loss, state.params))}

@@ -52,7 +52,7 @@ def make_loop(config: dict, save_every: int, bad: tuple[int, ...] = (), stop_at:
         state = SimpleNamespace(params=state.params + 1, average=None)
         return state, {"loss": jnp.float32(batch), "skipped_in_a_row": jnp.int32(in_a_row[0])}
 
-    def validate(params):
+    def validate(params, buffers):
         time.sleep(4 * SECONDS)
         record.validated.append(params)
         return {"validation/loss": float(params)}

@@ -22,7 +22,7 @@ class Encoder(nnx.Module):
     """A stack of three layers between an embedding and a head."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.embed = Table(5, 8, rngs)
+        self.embed = Table(5, 8, rngs, kind="embedding")
         self.transformer = Transformer(TransformerConfig(width=8, depth=3, heads=2, mlp_ratio=3), rngs)
         self.head = Linear(8, 4, ("width", None), rngs, bias=True)
 
@@ -109,7 +109,7 @@ def test_muon_is_for_the_matrices_of_stacks_alone(params):
 def test_an_update_of_muon_is_as_large_as_one_of_adamw(shape):
     """Moonlight's reason for the scale: AdamW's updates have a root mean square of 0.2 to 0.4."""
     value = jnp.asarray(np.random.default_rng(0).normal(size=(2, *shape)), jnp.float32)
-    params = nnx.State({"kernel": nnx.Param(value, axes=("width", "mlp"))})
+    params = nnx.State({"kernel": nnx.Param(value, kind="matrix", axes=("width", "mlp"), stacked=True)})
     optimizer = make_optimizer(config_of(kind="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0), 100)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     assert 0.15 < float(jnp.sqrt(jnp.mean(jnp.square(jax.tree.leaves(updates)[0])))) < 0.25
@@ -135,7 +135,7 @@ def test_a_bfloat16_first_moment_solves_an_ill_conditioned_problem_as_well(kind)
     rng = np.random.default_rng(0)
     a = jnp.asarray(rng.normal(size=(64, 16)) * np.geomspace(1, 30, 16), jnp.float32)
     target = a @ jnp.asarray(rng.normal(size=(2, 16, 4)), jnp.float32)
-    params = nnx.State({"kernel": nnx.Param(jnp.zeros((2, 16, 4)), axes=(None, None))})
+    params = nnx.State({"kernel": nnx.Param(jnp.zeros((2, 16, 4)), kind="matrix", axes=(None, None), stacked=True)})
 
     def loss(params):
         return jnp.mean(jnp.square(a @ params["kernel"].get_value() - target))
