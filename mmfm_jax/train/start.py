@@ -7,6 +7,7 @@ from pathlib import Path
 from mmfm_jax.data.batch import InputSpec
 from mmfm_jax.data.feed.spec import make_spec
 from mmfm_jax.data.feed.tokenizer import Tokenizer
+from mmfm_jax.data.store.studies import Studies
 from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel.processes import meet

@@ -49,7 +49,7 @@ def make_loop(config: dict, save_every: int, bad: tuple[int, ...] = (), stop_at:
         time.sleep(SECONDS)
         record.trained.append(batch)
         in_a_row[0] = in_a_row[0] + 1 if batch in bad else 0
-        state = SimpleNamespace(params=state.params + 1, average=None)
+        state = SimpleNamespace(params=state.params + 1, average=None, buffers=None)
         return state, {"loss": jnp.float32(batch), "skipped_in_a_row": jnp.int32(in_a_row[0])}
 
     def validate(params, buffers):
@@ -75,7 +75,7 @@ def make_loop(config: dict, save_every: int, bad: tuple[int, ...] = (), stop_at:
 
 
 def start() -> Any:
-    return SimpleNamespace(params=0, average=None)
+    return SimpleNamespace(params=0, average=None, buffers=None)
 
 
 def test_each_step_is_taken_once_validated_and_saved_when_it_should_be():
@@ -90,7 +90,7 @@ def test_each_step_is_taken_once_validated_and_saved_when_it_should_be():
 
 def test_a_run_goes_on_after_the_steps_it_has_and_stops_where_it_is_told_to():
     loop, did = make_loop({"steps": 9, "validate_every": 100}, save_every=100, stop_at=6)
-    assert loop.run(SimpleNamespace(params=4, average=None), 5, 4) == 6
+    assert loop.run(SimpleNamespace(params=4, average=None, buffers=None), 5, 4) == 6
     assert len(did.trained) == 2 and did.saved == [(6, 6, {})] and not did.validated
 
 

@@ -33,7 +33,7 @@ def samples_of(url: str, images: dict, max_damaged: int) -> Samples:
     inputs = Inputs.model_validate({"images": images, "texts": {"report": {"length": 8}}, "columns": ["age"]})
     tokenizer = Tokenizer.train(["as read by nobody"], 300)
     spec = make_spec(inputs, store.schema, store.stats, tokenizer)
-    return Samples(store, inputs, spec, tokenizer, max_damaged)
+    return Samples(store, inputs, spec, tokenizer, max_damaged=max_damaged)
 
 
 def batches(samples: Samples, steps: int = 4) -> list:
