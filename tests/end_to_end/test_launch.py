@@ -36,7 +36,7 @@ def test_a_run_tells_its_outcome_where_it_keeps_programs_and_where_its_time_went
     options = ("--train.steps", "1000", "--train.validate-every", "1000", "--checkpoint.every", "1000")
     process = start(config, tmp_path / "run", mine, *options)
     while process.poll() is None and not any("loss" in line for line in lines(tmp_path / "run")):
-        time.sleep(0.01)
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and err == "", err

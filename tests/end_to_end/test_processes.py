@@ -58,7 +58,7 @@ def test_a_run_on_two_one_and_four_processes_has_the_batches_and_losses_of_one(
             before = len(curve(run))
             if processes != 4:  # the last goes to the end
                 while launched.poll() is None and len(curve(run)) < before + 2:
-                    time.sleep(0.01)
+                    time.sleep(0.05)
                 launched.send_signal(signal.SIGTERM)
             _, err = launched.communicate(timeout=600)
         assert launched.returncode == 0, err

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from mmfm_jax.cli import main
 from mmfm_jax.experiment import to_yaml
 from mmfm_jax.train.checkpoint import load_run
 from mmfm_jax.train.lock import RunLock
@@ -25,10 +26,8 @@ INTERRUPTIONS = ("kill", "kill in a save", "stop", "kill in a save", "kill")
 @pytest.fixture(scope="module")
 def config(make_tiny, tmp_path_factory) -> Path:
     changes = {
-        "tasks": {
-            "masked": {"kind": "masked", "depth": 1},
-            "disease": {"kind": "classification", "label": "disease"},
-        },
+        "tasks": {"disease": {"kind": "classification", "label": "disease"}},
+        "inputs.images": {},
         "inputs.texts": {},
         "optimizer": {"kind": "muon", "state_dtype": "bfloat16", "learning_rate": 3e-3, "warmup_steps": 4},
         "train": {
@@ -76,10 +75,10 @@ def interrupt(process: subprocess.Popen, run: Path, how: str, lines, rng: random
     before = newest(lines, run)
     until = before + rng.randint(1, 5)
     while process.poll() is None and (newest(lines, run) < until or newest(lines, run) == before):
-        time.sleep(0.002)
+        time.sleep(0.02)
     if how == "kill in a save":
         while process.poll() is None and not any((run / "checkpoints").glob("*orbax-checkpoint-tmp*")):
-            time.sleep(0.0005)
+            time.sleep(0.001)
     alive = process.poll() is None
     process.send_signal(signal.SIGTERM if how == "stop" else signal.SIGKILL)
     out, err = process.communicate(timeout=120)
@@ -111,18 +110,20 @@ def test_resume_is_bitwise_equal_after_sigkill_and_sigterm(
     assert history(run) == history(uninterrupted)
 
 
-def test_a_finished_run_has_nothing_left_to_train(mmfm, config, uninterrupted):
-    done = mmfm("train", config, "--run", uninterrupted)
-    assert done.returncode == 0 and "nothing is left to train" in done.stdout
+def test_a_finished_run_has_nothing_left_to_train(config, uninterrupted, capsys):
+    main(["train", str(config), "--run", str(uninterrupted)])
+    assert "nothing is left to train" in capsys.readouterr().out
 
 
-def test_a_folder_in_which_a_run_trains_is_refused_with_status_2(mmfm, config, uninterrupted):
+def test_a_folder_in_which_a_run_trains_is_refused_with_status_2(config, uninterrupted, capsys):
     lock = RunLock(uninterrupted)
     lock.take()
-    done = mmfm("train", config, "--run", uninterrupted)
+    with pytest.raises(SystemExit) as exit:
+        main(["train", str(config), "--run", str(uninterrupted)])
     lock.close()
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith(f"mmfm: {uninterrupted}: another run trains into this folder (process ")
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and said.count("\n") == 1
+    assert said.startswith(f"mmfm: {uninterrupted}: another run trains into this folder (process ")
 
 
 def test_the_latest_checkpoints_and_the_best_are_kept_and_no_others(uninterrupted, lines):
