@@ -67,16 +67,17 @@ def attention_kernels(tiny: bool) -> Iterator[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    from mmfm_jax.model.attention import attention
+    from mmfm_jax.model.attention import Implementation, attention
 
     on_gpu = jax.default_backend() == "gpu"
     shape = (1, 64, 2, 16) if tiny else (8, 1728, 16, 64)
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, shape, jnp.bfloat16 if on_gpu else jnp.float32) for key in keys)
     took = {}
-    for implementation in ("cudnn", "xla") if on_gpu else ("xla", "blocks"):
+    pair: tuple[Implementation, Implementation] = ("cudnn", "xla") if on_gpu else ("xla", "blocks")
+    for implementation in pair:
 
-        def total(q, k, v, implementation=implementation):
+        def total(q, k, v, implementation: Implementation = implementation):
             return attention(q, k, v, implementation=implementation).astype(jnp.float32).sum()
 
         step = jax.jit(jax.grad(total, argnums=(0, 1, 2)))

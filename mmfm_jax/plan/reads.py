@@ -67,7 +67,7 @@ def written(spec: ImageSpec, shape: Extent) -> Layout:
 def found(array: ts.TensorStore, shape: Extent, spec: ImageSpec) -> Layout:
     """As an array [channel or study * channel, z, y, x] of a store lies."""
     of = array.chunk_layout
-    chunk, shard = (tuple(int(n) for n in grid.shape or ()) for grid in (of.read_chunk, of.write_chunk))
+    chunk, shard = (tuple(int(n or 1) for n in grid.shape or ()) for grid in (of.read_chunk, of.write_chunk))
     studies = shard[0] // spec.channels if spec.shape else None
     voxel_bytes = spec.channels * np.dtype(spec.dtype).itemsize
     return Layout(shape, _extent(chunk), _extent(shard), studies, voxel_bytes)

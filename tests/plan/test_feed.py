@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -18,6 +19,7 @@ from mmfm_jax.plan.lower import assumed_spec
 from mmfm_jax.plan.reads import Layout
 
 HAVE = supply(CHIPS["v5e"], 4)
+NO_MESH: Any = None  # hosts are given
 
 
 def experiment(**image):
@@ -56,9 +58,9 @@ def test_a_run_that_reads_whole_volumes_needs_what_is_counted_by_hand(monkeypatc
     """64 x 128 x 128 int16 in one shard of 2 chunks, 64 studies a step of half a second, 16 hosts."""
     hosts(16, 4, monkeypatch)
     whole = role((64, 128, 128), (32, 128, 128), (64, 128, 128), (64, 128, 128))
-    found = feed.feed(experiment(), {"ct": whole}, None, 0.5, HAVE, crossing=1e9)
+    found = feed.feed(experiment(), {"ct": whole}, NO_MESH, 0.5, HAVE, crossing=1e9)
     hosts(16, 4, monkeypatch, fewer=2)
-    assert feed.feed(experiment(), {"ct": whole}, None, 0.5, HAVE).studies == found.studies == 8
+    assert feed.feed(experiment(), {"ct": whole}, NO_MESH, 0.5, HAVE).studies == found.studies == 8
     volume, index = 64 * 128 * 128 * 2, 2 * 16 + 4
     of = found.reading
     assert of.requests == 1 + 1 + 1  # row, metadata, and the shard in one piece
@@ -83,7 +85,7 @@ def test_the_resource_that_lacks_most_bounds_the_run(monkeypatch):
         ("memory", {"memory_gb": 0.1}, "host memory"),
         ("requests", {"requests": 192}, "requests"),
     ):
-        found = feed.feed(experiment(), whole, None, 0.5, supply(CHIPS["v5e"], 4, **least))
+        found = feed.feed(experiment(), whole, NO_MESH, 0.5, supply(CHIPS["v5e"], 4, **least))
         assert found.bound == named and found.slowdown > 1, flag
     assert found.slowdown == 2  # 384 requests of 192
 
@@ -101,7 +103,7 @@ def test_a_host_reads_what_its_devices_hold_and_hosts_of_one_sequence_read_it_ag
     def rows(of, size=16):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(feed, "by_study", lambda mesh: Sharded(of))
-            return feed.rows_by_host(size, None)
+            return feed.rows_by_host(size, NO_MESH)
 
     assert rows(lambda size: {d: (slice(d.id, d.id + 1),) for d in devices}) == [4, 4, 4, 4]
     shared = rows(lambda size: {d: (slice(8 * (d.id // 8), 8 * (d.id // 8) + 8),) for d in devices})
@@ -112,8 +114,8 @@ def test_measured_milliseconds_are_of_the_chunks_that_are_there(monkeypatch):
     hosts(1, 64, monkeypatch)
     roles = {"ct": role((256, 512, 512), (32, 32, 32), (256, 256, 256), (96, 96, 96))}
     have = supply(CHIPS["v5e"], 4, crop_ms=7.0)
-    assert feed.feed(experiment(), roles, None, 1.0, have).core_ms == 7
-    others = feed.with_other_chunks(experiment(), roles, None, 1.0, have)
+    assert feed.feed(experiment(), roles, NO_MESH, 1.0, have).core_ms == 7
+    others = feed.with_other_chunks(experiment(), roles, NO_MESH, 1.0, have)
     now, large = others["32^3"], others["64^3"]
     assert now.core_ms == pytest.approx(7) and large.core_ms == pytest.approx(
         7 * large.reading.decoded / now.reading.decoded
@@ -124,7 +126,7 @@ def test_measured_milliseconds_are_of_the_chunks_that_are_there(monkeypatch):
 def test_best_chunks_hold_the_run_up_least_and_then_ask_least(monkeypatch):
     hosts(64, 64, monkeypatch)
     roles = {"ct": role((256, 512, 512), (32, 32, 32), (256, 256, 256), (96, 192, 192))}
-    known = (experiment(), roles, None, 1.0)
+    known = (experiment(), roles, NO_MESH, 1.0)
     wide = feed.with_other_chunks(*known, supply(CHIPS["v5e"], 4, bucket_gbps=1e6, cores=1e6, gbps=1e6))
     assert feed.best_chunks(wide) == "whole slices" == min(wide, key=lambda name: wide[name].requests)
     narrow = feed.with_other_chunks(*known, supply(CHIPS["v5e"], 4, bucket_gbps=10))
@@ -146,7 +148,7 @@ def test_without_a_store_volumes_are_assumed_and_with_one_looked_at(tmp_path):
 def test_the_report_says_what_bounds_and_which_chunks_are_better(monkeypatch):
     hosts(64, 64, monkeypatch)
     roles = {"ct": role((256, 512, 512), (32, 32, 32), (256, 256, 256), (96, 192, 192))}
-    known = (experiment(), roles, None, 1.0, supply(CHIPS["v5e"], 4, bucket_gbps=10))
+    known = (experiment(), roles, NO_MESH, 1.0, supply(CHIPS["v5e"], 4, bucket_gbps=10))
     found, others = feed.feed(*known), feed.with_other_chunks(*known)
     printed = io.StringIO()
     Console(width=160, file=printed).print(feed_report.report(found, others, True))

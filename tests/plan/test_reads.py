@@ -3,6 +3,7 @@
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,10 +30,10 @@ def bucket(tmp_path_factory):
         def do_GET(self):
             path = root / self.path.lstrip("/")
             content = path.read_bytes() if path.is_file() else b""
-            wanted = self.headers.get("Range")
+            wanted: Any = self.headers.get("Range")
             low, high = 0, len(content)
             if wanted and path.is_file():
-                first, last = re.fullmatch(r"bytes=(\d*)-(\d*)", wanted).groups()
+                first, last = re.findall(r"bytes=(\d*)-(\d*)", wanted)[0]
                 low = int(first) if first else len(content) - int(last)
                 high = int(last) + 1 if first and last else len(content)
             asked.append((self.path, wanted, high - low))
@@ -48,7 +49,7 @@ def bucket(tmp_path_factory):
     server.shutdown()
 
 
-def write(place, metadata, rng):
+def write(place, metadata: Any, rng):
     """Noise that does not compress, so no gap between two chunks is small enough to be read over."""
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{place}/"}, "metadata": metadata}
     array = ts.open(spec, create=True).result()
@@ -67,19 +68,19 @@ def test_requests_and_chunks_of_a_crop_are_those_that_tensorstore_asks_for(bucke
     root, url, asked = bucket
     rng = np.random.default_rng()
     for number in range(6):
-        chunk = tuple(int(n) for n in rng.choice([16, 24, 32], 3))
+        chunk: Any = tuple(int(n) for n in rng.choice([16, 24, 32], 3))
         # Whole chunks: a cut one compresses so far that TensorStore may read over it to the next.
-        shape = tuple(c * int(rng.integers(1, 7)) for c in chunk)
+        shape: Any = tuple(c * int(rng.integers(1, 7)) for c in chunk)
         layout = with_chunk(Layout(shape, shape, shape, None, 2), chunk)
         per_shard = [int(rng.integers(1, 4)) for _ in range(3)]  # small shards, so that crops cross them
-        shard = tuple(c * n for c, n in zip(layout.chunk, per_shard))
+        shard: Any = tuple(c * n for c, n in zip(layout.chunk, per_shard))
         layout = Layout(shape, layout.chunk, shard, None, 2)
-        metadata = array_metadata(CT, shape, None)
+        metadata: Any = array_metadata(CT, shape, None)
         metadata["chunk_grid"]["configuration"]["chunk_shape"] = [1, *shard]
         metadata["codecs"][0]["configuration"]["chunk_shape"] = [1, *layout.chunk]
         write(root / f"{number}", metadata, rng)
         for _ in range(5):
-            size = tuple(int(rng.integers(1, s + 1)) for s in shape)
+            size: Any = tuple(int(rng.integers(1, s + 1)) for s in shape)
             start = [int(rng.integers(s)) for s in shape]  # it may end with the volume
             asked.clear()
             box = tuple(slice(a, min(a + n, s)) for a, n, s in zip(start, size, shape))
