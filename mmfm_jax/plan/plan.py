@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from flax import nnx
 
 from mmfm_jax.data.batch import InputSpec
 from mmfm_jax.experiment import Experiment
+from mmfm_jax.model.parameter import kind_of
 from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.plan import hlo, lower
 from mmfm_jax.plan.chips import Chip, Pod
 from mmfm_jax.plan.estimate import Estimate, estimate
 from mmfm_jax.plan.links import Network
 from mmfm_jax.plan.phases import Phase, unsaid
+from mmfm_jax.train import groups
 from mmfm_jax.train.flops import step_flops
 
 SECONDS_A_DAY = 86400.0
@@ -34,6 +37,8 @@ class Plan:
     parameters: int
     model_flops: float
     """Of a step, over all chips."""
+    gradient_bytes: float
+    """That enter a device when gradients of linear layers are summed over devices, in what they are summed in."""
     tokens: int
     """Of a study, before any is hidden: patches, text positions and columns."""
     estimated: Estimate | None
@@ -127,6 +132,7 @@ def make_plan(
         hbm_bytes=float(needed * many),
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
         model_flops=step_flops(program.graph, experiment, program.spec, state, program.batch),
+        gradient_bytes=gradient_bytes(program),
         tokens=tokens_of(program.spec),
         estimated=estimated,
         price=price,
@@ -135,6 +141,27 @@ def make_plan(
 
 def estimate_step(compiled: jax.stages.Compiled, chip: Chip, devices: Any) -> Estimate:
     return estimate(hlo.parse(compiled.as_text() or ""), chip, Network(devices, chip))
+
+
+def gradient_bytes(program: lower.Program) -> float:
+    """Of a step on one device, by rings: shards are scattered over `fsdp`, then each is summed over its copies. Every
+    accumulated part of a batch does so."""
+    mesh, experiment = program.mesh.shape, program.experiment
+    copies, total = mesh["data"] * mesh["sequence"], 0.0
+    trained, _ = groups.split(program.state.params, experiment.optimizer.groups)
+    for _, variable in nnx.to_flat_state(trained):
+        if kind_of(variable) == "matrix":
+            leaf = variable.get_value()
+            shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
+            split = mesh["fsdp"] if "fsdp" in jax.tree.leaves(tuple(leaf.sharding.spec)) else 1
+            summed = copies * mesh["fsdp"] // split
+            total += shard * (split - 1) + 2 * shard * (summed - 1) / summed
+    return total * (2 if narrow_gradients(experiment) else 4) * experiment.train.accumulate
+
+
+def narrow_gradients(experiment: Experiment) -> bool:
+    """Whether devices sum them in bfloat16."""
+    return experiment.train.reduce_dtype == experiment.model.dtype == "bfloat16"
 
 
 def tokens_of(spec: InputSpec) -> int:
@@ -165,6 +192,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "batch_size": plan.experiment.train.batch_size,
         "steps": plan.experiment.train.steps,
         "model_flops": plan.model_flops,
+        "gradient_bytes": plan.gradient_bytes,
         "program_flops": found and found.flops * len(plan.pod.devices),
         "step_seconds": plan.step_seconds,
         "mfu": plan.mfu,

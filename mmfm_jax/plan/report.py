@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmfm_jax.plan.chips import GIB
-from mmfm_jax.plan.plan import Plan
+from mmfm_jax.plan.plan import Plan, narrow_gradients
 
 ESTIMATE = (
     "Estimate: compiled for these chips and never run on one. Cycles are the compiler's, kernels are counted by their "
@@ -42,6 +42,7 @@ def _summary(plan: Plan) -> Table:
         ("parameters", f"{plan.parameters / 1e6:,.1f} million"),
         ("batch", f"{config.train.batch_size:,} studies of {plan.tokens:,} tokens"),
         ("model FLOPs of a step", f"{plan.model_flops:.3g}"),
+        ("gradients summed over devices", _gradients(plan)),
         ("HBM of a chip", f"{plan.hbm_bytes / GIB:.2f} of {pod.chip.hbm_bytes / GIB:.2f} GiB"),
         ("fits", "yes" if plan.fits else "NO"),
     ]
@@ -58,6 +59,14 @@ def _summary(plan: Plan) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _gradients(plan: Plan) -> str:
+    count, config = plan.gradient_bytes / 1e6, plan.experiment
+    if narrow_gradients(config):
+        return f"{count:,.0f} MB a device in bfloat16"
+    saved = f"; {count / 2:,.0f} with train.reduce_dtype bfloat16" if count and config.model.dtype == "bfloat16" else ""
+    return f"{count:,.0f} MB a device in float32{saved}"
 
 
 def _memory(plan: Plan) -> Table:

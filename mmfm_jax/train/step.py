@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,8 @@ def make_step(
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updates, moments = optimizer.update(gradients, state.optimizer, trained)
-        params: Any = bounded(cast(nnx.State, optax.apply_updates(trained, updates)))
+        updated: Any = optax.apply_updates(trained, updates)
+        params: Any = bounded(updated)
         average = None
         if state.average is not None and config.ema_decay is not None:
             updates_before = (state.step - state.skipped).astype(jnp.float32)

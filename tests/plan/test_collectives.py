@@ -8,6 +8,7 @@ from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.plan import hlo, lower
 from mmfm_jax.plan.estimate import estimate
 from mmfm_jax.plan.links import Network
+from mmfm_jax.plan.plan import gradient_bytes
 
 DATA, FSDP, STUDIES, WIDTH = 2, 8, 64, 512
 EXPERIMENT = {
@@ -44,12 +45,14 @@ def test_a_step_gathers_each_shard_twice_scatters_each_gradient_once_and_sends_n
 
     leaves = jax.tree.leaves(program.state.params)
     split = sum(2 * leaf.size for leaf in leaves if not leaf.sharding.is_fully_replicated)  # bytes in bfloat16
+    gradients = 2 * split  # in float32
     whole = sum(4 * leaf.size for leaf in leaves if leaf.sharding.is_fully_replicated)
     others = (FSDP - 1) / FSDP
     assert sent.pop("all-gather") == pytest.approx(2 * split * others, rel=0.04)
-    assert 0.9 * split * others < sent.pop("reduce-scatter") <= 1.02 * split * others
-    # The shards' gradients once over `data`, a few of them in float32; those of norms over all, and scalars.
-    assert split / FSDP < sent.pop("all-reduce") < 1.1 * split / FSDP + 2 * whole
+    assert 0.9 * gradients * others < (scattered := sent.pop("reduce-scatter")) <= 1.02 * gradients * others
+    # The shards' gradients once over `data`, in float32; those of norms over all, and scalars.
+    assert gradients / FSDP < (reduced := sent.pop("all-reduce")) < 1.1 * gradients / FSDP + 2 * whole
+    assert gradient_bytes(program) == pytest.approx(scattered + reduced, rel=0.1)
     # The texts' vectors pass every other chip, forward and backward, and in backward bring their gradients home.
     ring = (DATA * FSDP) * STUDIES // (DATA * FSDP) * WIDTH * 4
     assert sent.pop("collective-permute") <= 3.5 * ring

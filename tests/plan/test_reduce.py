@@ -1,6 +1,7 @@
 """In what devices sum the gradients of linear layers, read off the program that is compiled for a TPU."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from mmfm_jax.plan import hlo
 WIDTH, DEPTH = 256, 2
 
 
-def small_stack(reduce_dtype: str):
+def small_stack(reduce_dtype: Any):
     model = Transformer(TransformerConfig(width=WIDTH, depth=DEPTH, heads=2, remat="full"), nnx.Rngs(params=0))
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear):

@@ -1,7 +1,7 @@
 """What a task keeps from step to step beside parameters, by a task that counts its parts and keeps a running mean."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +94,7 @@ def test_buffers_go_from_part_to_part_and_step_to_step_and_nothing_else_touches_
 
 def test_a_buffer_is_split_by_the_axes_it_names_and_else_whole(kept):
     experiment, make, _ = kept
-    found = state_shardings(jax.eval_shape(make), make_mesh(experiment.mesh)).buffers["tasks"]["disease"]
+    places: Any = state_shardings(jax.eval_shape(make), make_mesh(experiment.mesh)).buffers
+    found = places["tasks"]["disease"]
     assert jax.tree.leaves(found["mean"])[0].spec == jax.sharding.PartitionSpec(("fsdp",))
     assert jax.tree.leaves(found["parts"])[0].is_fully_replicated
