@@ -21,9 +21,9 @@ def device_kind() -> str:
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
-VMEM = {"TPU v4": 16 * 2**20, "TPU v5": 20 * 2**20}
-"""Of a core, what a kernel may use, in bytes: 16 MiB of v4 (Jouppi et al., arXiv:2304.01433). libtpu 0.0.42 gives a
-kernel on v5p less than on v5e, v6e and tpu7x: one of 26 MiB does not compile there, and one of 19 MiB does."""
+VMEM = {"TPU v4": 16 * 2**20, "TPU v5": 16 * 2**20}
+"""Of a core, what a kernel may use, in bytes: 16 MiB of v4 (Jouppi et al., arXiv:2304.01433). For v5p libtpu 0.0.42
+compiles a kernel of 16 MiB and not one of 26, for v5e, v6e and tpu7x one of 26 too."""
 
 
 def vmem_bytes(kind: str) -> int:
