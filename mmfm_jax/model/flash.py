@@ -22,11 +22,12 @@ from jaxtyping import Bool, Float, Int
 
 from mmfm_jax.data.batch import Array
 from mmfm_jax.model.head_layout import LANES, by_head, by_head_with_inner, by_token
-from mmfm_jax.parallel.platform import device_kind, platform
+from mmfm_jax.parallel.platform import device_kind, platform, vmem_bytes
 
 NOTHING = -1e30  # log of the denominator of a query that meets no key
 SCORES = 2**24  # held at once by XLA's form: 64 MiB of float32
-LARGEST_TILE = 1024  # of the TPU kernel: tiles of scores this wide keep the matrix unit busy and fit VMEM
+LARGEST_TILE = 1024  # of the TPU kernel: tiles of scores this wide keep the matrix unit busy
+TILE_COST = 64  # tokens in whose time a tile is begun: what a small tile costs beside padding to a larger one
 FUSED_BYTES = 2**33  # of gradients of queries, one for each tile of keys, that may be made before they are summed
 
 Kernel = Literal["xla", "splash"]
@@ -184,39 +185,73 @@ def _xla_backward(causal: bool, first, q, gradient, log_sum, inner, k, v, segmen
 
 
 def tile(tokens: int, widest: int = LARGEST_TILE) -> tuple[int, int]:
-    """Length to which the kernel's tokens are padded, and the widest tile that divides it."""
-    padded = -(-tokens // LANES) * LANES
-    return padded, max(t for t in range(LANES, widest + 1, LANES) if padded % t == 0)
+    """Length to which the kernel's tokens are padded, and its tile: what costs least, padding and tiles together.
+
+    With tiles of up to 1,024 the padding is at most a tenth beyond the next multiple of 128, and a tile at least 384
+    wide, or all that there is.
+    """
+
+    def length(tile: int) -> int:
+        return -(-tokens // tile) * tile
+
+    best = min(range(LANES, widest + 1, LANES), key=lambda tile: (length(tile) * (1 + TILE_COST / tile), -tile))
+    return length(best), best
+
+
+def tile_bytes(block_q: int, block_k: int, tile: int, head: int, itemsize: int) -> int:
+    """VMEM of the kernel of all gradients, which takes the most: blocks that come and go are there twice."""
+    by_query, by_key = 3 * block_q, 4 * block_k  # q, its gradient and that of the result; k, v and their gradients
+    sums = 4 * head * (block_q + 2 * block_k)
+    segments = 2 * 4 * LANES * block_k
+    return 2 * (by_query + by_key) * head * itemsize + sums + segments + 2 * 4 * block_q * tile
 
 
 class _Shape(NamedTuple):
     """What a kernel is made for."""
 
     queries: int
+    """Padded, as the keys are."""
     keys: int
-    head: int
+    block_q: int
+    block_k: int
     causal: bool
-    fused: bool = False
+    fused: bool
     """One kernel makes the gradients of queries, keys and values."""
-    device_kind: str = ""
+    long: bool
+    """It takes two tiles of keys at a time, which leaves fewer partial gradients of queries to be summed, and half as
+    many queries, which makes room for them."""
+    device_kind: str
+
+    @classmethod
+    def of(cls, q, k, causal: bool) -> _Shape:
+        """Of q and k [batch, tokens, heads, head]."""
+        head, itemsize, kind = q.shape[3], q.dtype.itemsize, device_kind()
+        vmem = vmem_bytes(kind)
+        fitting = (t for t in range(LARGEST_TILE, LANES, -LANES) if tile_bytes(t, t, t, head, itemsize) <= vmem)
+        widest = next(fitting, LANES)
+        (queries, block_q), (keys, block_k) = tile(q.shape[1], widest), tile(k.shape[1], widest)
+        # Five products in place of seven. But a gradient of the queries is left for each tile of keys: at times too
+        # many bytes, and slow to sum for wide heads, whose tiles cannot be longer.
+        tiles, narrow = keys // block_k, head <= LANES
+        of_queries = q.shape[0] * queries * q.shape[2] * head * itemsize
+        fused = tiles <= 4 or (narrow and of_queries * tiles <= FUSED_BYTES)
+        halved = tiles % 2 == 0 and block_q % (2 * LANES) == 0
+        fits = tile_bytes(block_q // 2, 2 * block_k, block_k, head, itemsize) <= vmem
+        return cls(queries, keys, block_q, block_k, causal, fused, fused and narrow and halved and fits, kind)
 
 
 @lru_cache
 def _kernel(of: _Shape) -> splash.SplashAttentionKernel:
     """Of one head; its map over rows and heads has them as leading axes of its grid, which chips of two cores part."""
-    small, wide = of.device_kind == "TPU v4", of.head > LANES  # v4 has an eighth of the others' VMEM
-    widest = LARGEST_TILE // 2 if small and wide else LARGEST_TILE
-    (queries, block_q), (keys, block_k) = tile(of.queries, widest), tile(of.keys, widest)
-    # More keys at a time make fewer partial gradients of queries; half as many queries leave room for them.
-    long = of.fused and not (small or wide) and keys % (2 * block_k) == 0 and block_q % (2 * LANES) == 0
+    queries, keys = of.queries, of.keys
     blocks = splash.BlockSizes(
-        block_q=block_q,
-        block_kv=block_k,
-        block_q_dkv=block_q // 2 if long else block_q,
-        block_kv_dkv=2 * block_k if long else block_k,
-        block_kv_dkv_compute=block_k,
-        block_q_dq=None if of.fused else block_q,
-        block_kv_dq=None if of.fused else block_k,
+        block_q=of.block_q,
+        block_kv=of.block_k,
+        block_q_dkv=of.block_q // 2 if of.long else of.block_q,
+        block_kv_dkv=2 * of.block_k if of.long else of.block_k,
+        block_kv_dkv_compute=of.block_k,
+        block_q_dq=None if of.fused else of.block_q,
+        block_kv_dq=None if of.fused else of.block_k,
         use_fused_bwd_kernel=of.fused,
     )
     one = splash_mask.CausalMask((queries, keys)) if of.causal else splash_mask.FullMask((queries, keys))
@@ -236,20 +271,20 @@ def _kernel(of: _Shape) -> splash.SplashAttentionKernel:
 
 
 def _splash_forward(causal: bool, q, k, v, segments: Segments) -> Attended:
-    queries = q.shape[1]
-    (q, k, v), ids = _for_kernel(q, k, v, segments)
-    kernel = _kernel(_Shape(q.shape[2], k.shape[2], q.shape[3], causal, device_kind=device_kind()))
+    queries, shape = q.shape[1], _Shape.of(q, k, causal)
+    (q, k, v), ids = _for_kernel(shape, q, k, v, segments)
+    kernel = _kernel(shape)
     out, (log_sum,) = _map(kernel, ids)(q, k, v)
     return Attended(by_token(out)[:, :queries], log_sum[:, :, :queries])
 
 
 def _splash_backward(causal: bool, q, k, v, segments: Segments, whole: Attended, gradient):
     """What the kernel's own gradient does, with the denominator over all keys in place of its own."""
-    queries, keys = q.shape[1], k.shape[1]
-    (q, k, v), ids = _for_kernel(q, k, v, segments)
+    queries, keys, shape = q.shape[1], k.shape[1], _Shape.of(q, k, causal)
+    (q, k, v), ids = _for_kernel(shape, q, k, v, segments)
     log_sum = _pad(whole.log_sum.swapaxes(1, 2), q.shape[2]).swapaxes(1, 2)
     gradient, inner = by_head_with_inner(*(_pad(x, q.shape[2]) for x in (gradient, whole.out)))
-    kernel = _kernel(_Shape(q.shape[2], k.shape[2], q.shape[3], causal, _fuses(q, k), device_kind()))
+    kernel = _kernel(shape)
     fixed, blocks = kernel.kwargs, kernel.kwargs["block_sizes"]
     common = {name: fixed[name] for name in ("is_mqa", "mask_value", "mask_function", "interpret")}
     common |= {name: getattr(blocks, name) for name in ("q_layout", "k_layout", "v_layout")}
@@ -275,13 +310,6 @@ def _splash_backward(causal: bool, q, k, v, segments: Segments, whole: Attended,
     return dq.swapaxes(1, 2)[:, :queries], dk.swapaxes(1, 2)[:, :keys], by_token(dv)[:, :keys]
 
 
-def _fuses(q, k) -> bool:
-    """Whether one kernel makes all gradients, by five products in place of seven. It leaves a gradient of the queries
-    for each tile of keys: at times too many bytes, and slow to sum for wide heads, whose tiles cannot be longer."""
-    tiles = k.shape[2] // tile(k.shape[2])[1]
-    return tiles <= 4 or (q.shape[3] <= LANES and q.size * q.dtype.itemsize * tiles <= FUSED_BYTES)
-
-
 def _map(function, ids):
     """`function(q, k, v, ids, ...)` of single heads, over rows and heads; `ids` are of rows."""
 
@@ -295,10 +323,10 @@ def _map(function, ids):
     return functools.partial(jax.vmap(of_row), ids)
 
 
-def _for_kernel(q, k, v, segments: Segments):
+def _for_kernel(shape: _Shape, q, k, v, segments: Segments):
     """Heads before tokens, tokens padded to tiles, and segments where anything is absent, padding included."""
     batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
-    (padded_q, _), (padded_k, _) = tile(queries), tile(keys)
+    padded_q, padded_k = shape.queries, shape.keys
     ids = None
     if segments.keys is not None or padded_k != keys:
         of_keys = jnp.ones((batch, keys), jnp.int32) if segments.keys is None else segments.keys.astype(jnp.int32)

@@ -23,9 +23,9 @@ from mmfm_jax.parallel.platform import platform
 from mmfm_jax.parallel.sharding import partition
 
 LANES = 128  # of a TPU's vectors; heads of a multiple of it are cut without moving a number from lane to lane
-BLOCK = (
-    2**18
-)  # numbers of a projection that a core holds at a time; backward has three such blocks, each twice, in VMEM
+BLOCK = 2**19  # bytes of a projection that a core holds at a time; backward has three such blocks, each twice, in VMEM
+LARGEST_BLOCK = 2**21  # where 128 tokens of all heads are more, some heads at a time: 12 of the 16 MiB that v4 has
+SUBLANES = 8  # of a TPU's vectors: heads at a time are a multiple of it
 
 
 def heads_of(
@@ -85,7 +85,7 @@ def cut_with_inner(gradient, out) -> tuple[jax.Array, jax.Array]:
     return pl.pallas_call(
         _inner_kernel,
         in_specs=[call.flat, call.flat],
-        out_specs=(call.by_head, pl.BlockSpec((1, heads, call.rows), lambda b, t: (b, 0, t))),
+        out_specs=(call.by_head, pl.BlockSpec((1, call.heads, call.rows), lambda b, h, t: (b, h, t))),
         out_shape=(
             jax.ShapeDtypeStruct((batch, heads, tokens, head), gradient.dtype),
             jax.ShapeDtypeStruct((batch, heads, tokens), jnp.float32),
@@ -185,7 +185,7 @@ def _forward(head: int, x, scale, table):
 def _backward(head: int, x, scale, table, gradient):
     """The gradient of `x`, and of the scale a sum [batch, 1, head] over this device's tokens and heads of each row."""
     call = _call(head, x, table)
-    kernel = functools.partial(_backward_kernel, x.shape[1])
+    kernel = functools.partial(_backward_kernel, x.shape[1], x.shape[2] // head)
     return pl.pallas_call(
         kernel if table is not None else functools.partial(_without_table, kernel),
         in_specs=[*call.given, call.by_head],
@@ -202,6 +202,8 @@ def _backward(head: int, x, scale, table, gradient):
 class _Call(NamedTuple):
     rows: int
     """Tokens of a block."""
+    heads: int
+    """Of a block."""
     flat: pl.BlockSpec
     by_head: pl.BlockSpec
     sums: pl.BlockSpec
@@ -210,27 +212,34 @@ class _Call(NamedTuple):
 
 
 def _call(head: int, x, table) -> _Call:
-    """Blocks of some tokens of one row, with all heads that are here."""
+    """Blocks of some tokens of one row, with all heads that are here or, of wide projections, some."""
     batch, tokens, width = x.shape
-    rows = max(LANES, BLOCK // width // LANES * LANES)
-    rows = tokens if tokens <= rows else rows
-    flat = pl.BlockSpec((1, rows, width), lambda b, t: (b, t, 0))
-    given = [flat, pl.BlockSpec((1, head), lambda b, t: (0, 0))]
+    rows, heads = block_of(tokens, width, head, x.dtype.itemsize)
+    flat = pl.BlockSpec((1, rows, heads * head), lambda b, h, t: (b, t, h))
+    given = [flat, pl.BlockSpec((1, head), lambda b, h, t: (0, 0))]
     if table is not None:
         one = len(table) == 1
-        given.append(pl.BlockSpec((1, rows, head), lambda b, t: (0 if one else b, t, 0)))
+        given.append(pl.BlockSpec((1, rows, head), lambda b, h, t: (0 if one else b, t, 0)))
     return _Call(
         rows,
+        heads,
         flat,
-        pl.BlockSpec((1, width // head, rows, head), lambda b, t: (b, 0, t, 0)),
-        pl.BlockSpec((1, 1, head), lambda b, t: (b, 0, 0)),
+        pl.BlockSpec((1, heads, rows, head), lambda b, h, t: (b, h, t, 0)),
+        pl.BlockSpec((1, 1, head), lambda b, h, t: (b, 0, 0)),
         given,
         {
-            "grid": (batch, pl.cdiv(tokens, rows)),
-            "compiler_params": pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+            "grid": (batch, pl.cdiv(width // head, heads), pl.cdiv(tokens, rows)),
+            "compiler_params": pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
             "interpret": platform() != "tpu",
         },
     )
+
+
+def block_of(tokens: int, width: int, head: int, itemsize: int) -> tuple[int, int]:
+    """Tokens and heads of a block; neither need divide what there is."""
+    rows = min(max(LANES, BLOCK // (width * itemsize) // LANES * LANES), tokens)
+    heads = LARGEST_BLOCK // (rows * head * itemsize)
+    return rows, width // head if heads * head >= width else max(heads // SUBLANES, 1) * SUBLANES
 
 
 def _cut_kernel(flat_ref, by_head_ref):
@@ -274,12 +283,13 @@ def _forward_kernel(x_ref, scale_ref, table_ref, out_ref):
         out_ref[0, index] = y.astype(out_ref.dtype)
 
 
-def _backward_kernel(tokens: int, x_ref, scale_ref, table_ref, gradient_ref, dx_ref, dscale_ref):
+def _backward_kernel(tokens: int, heads: int, x_ref, scale_ref, table_ref, gradient_ref, dx_ref, dscale_ref):
     turns, head = _turns(table_ref), gradient_ref.shape[-1]
     rows = gradient_ref.shape[2]
-    within = pl.program_id(1) * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0) < tokens
+    within = pl.program_id(2) * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0) < tokens
+    first_head = pl.program_id(1) * gradient_ref.shape[1]
 
-    @pl.when(pl.program_id(1) == 0)
+    @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
     def _():
         dscale_ref[...] = jnp.zeros_like(dscale_ref)
 
@@ -289,7 +299,8 @@ def _backward_kernel(tokens: int, x_ref, scale_ref, table_ref, gradient_ref, dx_
         if turns is not None:
             cosine, sine = turns
             gradient = gradient * cosine + _partner(gradient * sine)
-        dscale_ref[0] += jnp.sum(jnp.where(within, gradient * y, 0), axis=0, keepdims=True)
+        counts = within & (first_head + index < heads)
+        dscale_ref[0] += jnp.sum(jnp.where(counts, gradient * y, 0), axis=0, keepdims=True)
         gradient = gradient * scale_ref[...]
         along = jnp.mean(gradient * y, axis=-1, keepdims=True)
         dx_ref[0, :, lanes] = (inverse * (gradient - y * along)).astype(dx_ref.dtype)

@@ -14,6 +14,7 @@ from jaxtyping import Float, PRNGKeyArray
 from pydantic import Field
 
 from mmfm_jax.config.base import Config
+from mmfm_jax.config.inputs import Inputs
 from mmfm_jax.config.model import ModelConfig, TransformerConfig
 from mmfm_jax.data.batch import Array, Batch, InputSpec
 from mmfm_jax.errors import UserError
@@ -68,6 +69,11 @@ class TaskConfig(Config):
 
     def stacks(self) -> dict[str, TransformerConfig]:
         """The task's own transformers, by the field that sizes them."""
+        return {}
+
+    def sequence_lengths(self, inputs: Inputs, registers: int) -> dict[str, tuple[int, ...]]:
+        """Tokens of each sequence that the task encodes otherwise than the inputs give it, `registers` of each image
+        included, by the field that sizes them."""
         return {}
 
 

@@ -20,13 +20,14 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray
 from pydantic import Field, PositiveInt
 
 from mmfm_jax.config.base import Config, Probability
+from mmfm_jax.config.inputs import Inputs
 from mmfm_jax.config.model import ModelConfig, TransformerConfig
 from mmfm_jax.data.batch import PAD, Array, Batch, InputSpec, PackedPart
 from mmfm_jax.errors import UserError
 from mmfm_jax.losses.mean import Mean
 from mmfm_jax.losses.vocabulary import chunked_cross_entropy
 from mmfm_jax.model.decoder import Decoder
-from mmfm_jax.model.hiding import hide
+from mmfm_jax.model.hiding import buffers, hide
 from mmfm_jax.model.layers import Linear, Table
 from mmfm_jax.model.multimodal import Hidden, table_present
 from mmfm_jax.model.position import angles_1d, angles_3d, waves
@@ -62,6 +63,15 @@ class MaskedConfig(TaskConfig):
     """Voxels of a hidden patch are predicted less their mean and over their deviation, as in MAE; else as windowed."""
     weights: PartWeights = PartWeights()
     """Of the parts of the loss."""
+
+    def sequence_lengths(self, inputs: Inputs, registers: int) -> dict[str, tuple[int, ...]]:
+        """What is shown of each image role."""
+        shown = []
+        for image in inputs.images.values() if self.image else ():
+            patches = math.prod(size // patch for size, patch in zip(image.size, image.patch))
+            tokens, studies = (image.pack.tokens, image.pack.studies) if image.pack else (patches, None)
+            shown.append(buffers(tokens, studies, self.image, patches)[0] + (studies or 1) * registers)
+        return {"image": tuple(shown)}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel.sharding import check_batch_size
+from mmfm_jax.tasks.base import TaskConfig
 
 
 def check_fit(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
@@ -20,6 +21,7 @@ def check_fit(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
     check_batch_size(config.batch_size, config.accumulate, mesh, experiment.inputs.studies_a_row)
     _check_heads(experiment, mesh.shape["tensor"])
     _check_tokens(experiment, mesh.shape["sequence"])
+    _check_tasks(experiment, mesh.shape["sequence"])
 
 
 def _check_heads(experiment: Experiment, tensor: int) -> None:
@@ -27,8 +29,7 @@ def _check_heads(experiment: Experiment, tensor: int) -> None:
     used = {"vision": bool(inputs.images), "text": bool(inputs.texts), "table": bool(inputs.columns), "fusion": True}
     stacks = {f"model.{name}": getattr(model, name) for name, used in used.items() if used}
     for name, task in experiment.tasks.items():
-        if decoder := getattr(task, "decoder", None):
-            stacks[f"tasks.{name}.decoder"] = decoder
+        stacks |= {f"tasks.{name}.{field}": stack for field, stack in task.stacks().items()}
     for name, stack in stacks.items():
         if stack.heads % tensor:
             shared = math.gcd(*(stack.heads for stack in stacks.values()))
@@ -62,3 +63,24 @@ def _check_tokens(experiment: Experiment, sequence: int) -> None:
                 f"inputs.texts.{field}.length: {text.length} tokens do not divide over mesh.sequence {sequence}; make "
                 f"it {text.length + -text.length % sequence}"
             )
+
+
+def _check_tasks(experiment: Experiment, sequence: int) -> None:
+    """Raises UserError when what a task encodes does not divide; it names the nearest share that would."""
+    inputs, registers = experiment.inputs, experiment.model.vision.registers
+
+    def odd(task: TaskConfig, field: str) -> int:
+        """Tokens of the first sequence that does not divide; 0 where all do."""
+        return next((n for n in task.sequence_lengths(inputs, registers)[field] if n % sequence), 0)
+
+    for name, task in experiment.tasks.items():
+        for field in task.sequence_lengths(inputs, registers):
+            if tokens := odd(task, field):
+                share, hundredths = getattr(task, field), (i / 100 for i in range(1, 100))
+                nearest = sorted(hundredths, key=lambda other: abs(other - share))
+                fitting = (x for x in nearest if not odd(task.model_copy(update={field: x}), field))
+                mend = next((f"make it {x}" for x in fitting), "no share does; make mesh.sequence smaller")
+                raise UserError(
+                    f"tasks.{name}.{field}: a share of {share} leaves {tokens} tokens to encode, which do not divide "
+                    f"over mesh.sequence {sequence}; {mend}"
+                )

@@ -104,6 +104,27 @@ def test_a_prime_number_of_queries_takes_as_many_pieces_as_its_neighbour():
     assert (prime, even) == (18, 18)
 
 
+@given(st.integers(1, 10**6))
+def test_a_tile_is_wide_and_costs_at_most_a_tenth_of_padding(tokens):
+    padded, tile = flash.tile(tokens)
+    least = -(-tokens // 128) * 128
+    assert padded % tile == 0 and padded - tokens < tile <= 1024 and tile % 128 == 0
+    assert least <= padded <= 1.1 * least
+    assert tile >= 384 or tile == padded == least
+
+
+def test_seventeen_times_128_tokens_take_wide_tiles():
+    assert flash.tile(2100) == (2304, 768)
+
+
+def test_the_kernel_equals_float64_padded_beyond_the_next_128(seed, monkeypatch):
+    monkeypatch.setattr(flash, "LARGEST_TILE", 256)
+    inputs, weight, segments = draw(seed, 600, 130, "packed", batch=1, heads=1)
+    q, k = (jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in inputs[:2])
+    assert flash._Shape.of(q, k, False)[:4] == (768, 256, 256, 256)
+    assert_equal(got(inputs, weight, segments, False, "splash"), plain(inputs, weight, segments, False), 2e-4)
+
+
 @pytest.mark.parametrize(
     "queries, keys, mask, causal",
     [(256, 256, "none", False), (200, 130, "present", False), (150, 150, "packed", True)],

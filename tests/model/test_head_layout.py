@@ -28,7 +28,7 @@ def both(x, count, scale, angles, weights):
 
 @pytest.mark.parametrize(
     ("batch", "tokens", "count", "head", "turned"),
-    [(2, 384, 3, 128, "each"), (2, 300, 1, 256, "all"), (3, 7, 2, 128, None)],
+    [(2, 384, 3, 128, "each"), (2, 300, 1, 256, "all"), (3, 7, 2, 128, None), (1, 130, 19, 128, "all")],
 )
 def test_the_kernel_is_norm_then_rotation_with_its_gradients(batch, tokens, count, head, turned, seed=None):
     rng = np.random.default_rng(seed)
@@ -37,7 +37,8 @@ def test_the_kernel_is_norm_then_rotation_with_its_gradients(batch, tokens, coun
     rows = {"each": batch, "all": 1, None: 0}[turned]
     angles = jnp.asarray(rng.uniform(-9, 9, (rows, tokens, head // 2)), jnp.float32) if rows else None
     weights = jnp.asarray(rng.normal(size=(batch, tokens, count, head)), jnp.float32)
-    with patch.object(heads, "BLOCK", 128 * count * head):  # three blocks of tokens, the last of them not full
+    # Three blocks of tokens and, of 19 heads, of heads, the last of them not full.
+    with patch.object(heads, "BLOCK", 4 * 128 * count * head), patch.object(heads, "LARGEST_BLOCK", 4 * 128**2 * 8):
         kernel, plain = both(x, count, scale, angles, weights)
     for mine, expected in zip(kernel, plain, strict=True):
         np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
@@ -57,8 +58,8 @@ def test_the_kernel_on_a_mesh_is_the_kernel_on_one_device(seed=None):
 
 
 def test_cut_and_join_swap_heads_and_tokens(seed=None):
-    x, y = np.random.default_rng(seed).normal(size=(2, 2, 300, 3, 128)).astype(np.float32)
-    with patch.object(heads, "BLOCK", 128 * 3 * 128):
+    x, y = np.random.default_rng(seed).normal(size=(2, 2, 300, 11, 128)).astype(np.float32)
+    with patch.object(heads, "BLOCK", 0), patch.object(heads, "LARGEST_BLOCK", 4 * 128**2 * 8):
         by_head = jax.jit(heads.cut)(x)
         np.testing.assert_array_equal(by_head, x.swapaxes(1, 2))
         np.testing.assert_array_equal(jax.jit(heads.join)(by_head), x)
