@@ -66,8 +66,10 @@ def auroc(
 ) -> Float[np.ndarray, "resample"]:
     """Area under the ROC curve: the weighted chance that a positive study scores above a negative one, ties as half.
 
-    NaN for a resample without both classes.
+    NaN for a resample without both classes, and for all of them where a score is NaN: it has no rank.
     """
+    if np.isnan(scores).any():
+        return np.full(len(weights), np.nan)
     order = np.argsort(scores, kind="stable")
     ordered = scores[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])  # of each run of equal scores
@@ -84,17 +86,22 @@ def class_auroc(
     log_probability: Float[np.ndarray, "study label_class"], label: Int[np.ndarray, "study"], weights: Weights
 ) -> Float[np.ndarray, "resample"]:
     """AUROC of the second of two classes, or the mean over classes of one against the rest (those a resample holds)."""
+    if np.isnan(log_probability).any():
+        return np.full(len(weights), np.nan)
     if log_probability.shape[1] == 2:
-        return auroc(_log_odds(log_probability), label == 1, weights)
-    each = np.stack([auroc(log_probability[:, c], label == c, weights) for c in range(log_probability.shape[1])])
+        return auroc(_log_odds(log_probability, 1), label == 1, weights)
+    each = np.stack(
+        [auroc(_log_odds(log_probability, c), label == c, weights) for c in range(log_probability.shape[1])]
+    )
     defined = np.isfinite(each)
     count = defined.sum(axis=0)
     return np.divide(np.where(defined, each, 0).sum(axis=0), count, out=np.full(each.shape[1], np.nan), where=count > 0)
 
 
-def _log_odds(log_probability: Float[np.ndarray, "study 2"]) -> Float[np.ndarray, "study"]:
-    """Ranks like the probability of the second class but does not saturate into ties near 1."""
-    return log_probability[:, 1] - log_probability[:, 0]
+def _log_odds(log_probability: Float[np.ndarray, "study label_class"], c: int) -> Float[np.ndarray, "study"]:
+    """Of class `c` against all others: ranks like its probability but does not saturate into ties near 1."""
+    own = log_probability[:, c].astype(np.float64)
+    return own - np.logaddexp.reduce(np.delete(log_probability, c, axis=1).astype(np.float64), axis=1)
 
 
 # ---------------------------------------------------------------- calibration

@@ -201,3 +201,22 @@ def test_a_thousand_resamples_of_five_hundred_studies_are_a_few_products_of_matr
 
     metrics.measure(auroc, patients, 1000, seed=0)
     assert shapes == [(1000, 500), (1, 500)]
+
+
+def test_auroc_of_many_classes_does_not_tie_probabilities_that_float32_rounds_to_one():
+    rng = np.random.default_rng(0)
+    logits, label = rng.normal(0, 50, (300, 4)), rng.integers(0, 4, 300)
+    exact = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    odds = [exact[:, c] - np.logaddexp.reduce(np.delete(exact, c, 1), axis=1) for c in range(4)]
+    pairs = [(o[label == c][:, None], o[label != c]) for c, o in enumerate(odds)]
+    by_hand = np.mean([(p > n).mean() for p, n in pairs])
+    found = metrics.class_auroc(exact.astype(np.float32), label, np.ones((1, 300)))
+    assert found[0] == pytest.approx(by_hand, abs=1e-5)
+    assert np.unique(np.exp(exact.astype(np.float32))[:, 0]).size < 290  # what ranking by probability would tie
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_auroc_of_scores_that_are_nan_is_nan_whatever_the_order_of_rows(classes):
+    scores = np.zeros((20, classes))
+    scores[3, 0] = np.nan
+    assert np.isnan(metrics.class_auroc(scores, np.arange(20) % classes, np.ones((2, 20)))).all()

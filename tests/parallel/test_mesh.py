@@ -120,6 +120,7 @@ def test_muon_on_a_mesh_is_muon_on_one_device_and_its_state_is_split_as_the_para
     experiment = make_experiment(MUON)
     history, state, shardings, begun, _ = run(mesh_of(fsdp=4, tensor=2), experiment, material.spec, material.batch)
     single, expected, _, start, _ = run(mesh_of(), experiment, material.spec, material.batch)
+    assert begun is not None and start is not None
     for mine, alone in zip(jax.tree.leaves(begun.params), jax.tree.leaves(start.params)):
         np.testing.assert_allclose(np.asarray(mine), np.asarray(alone), rtol=1e-6, atol=1e-7)
     for mine, alone in zip(history, single):

@@ -109,7 +109,7 @@ def test_what_is_hidden_reaches_no_latent_and_is_what_is_scored(setting, monkeyp
     chosen, valid = (np.asarray(part) for part in masks.tokens["report"])
     for row, column in zip(*np.nonzero(valid)):
         tokens[row, chosen[row, column]] = 3 + (tokens[row, chosen[row, column]] + 17) % 200
-    columns, table = np.asarray(masks.columns), batch.table
+    columns, table = np.array(masks.columns), batch.table
     number_present, category_present = (np.asarray(x) for x in (table.number_present, table.category_present))
     numbers, categories = columns[:, : task.numbers], columns[:, task.numbers :]
     others = (number_present & ~numbers).any(1) | (category_present & ~categories).any(1)
@@ -122,7 +122,7 @@ def test_what_is_hidden_reaches_no_latent_and_is_what_is_scored(setting, monkeyp
             numbers=jnp.where(numbers, table.numbers + 3, table.numbers),
             categories=jnp.where(categories, 1 - table.categories, table.categories),
             # nor whether it was missing, of a study with something else in its table
-            number_present=number_present ^ (numbers & others[:, None]),
+            number_present=number_present ^ (numbers & np.asarray(others)[:, None]),
         ),
     )
     got = task.loss(Views(views.model, changed, train=True), keys).parts

@@ -32,5 +32,5 @@ def test_a_share_of_which_a_mesh_does_not_divide_what_is_shown_is_refused_for_on
     mesh = AbstractMesh((1, 1, 2, 1), AXES)
     with pytest.raises(UserError, match=r"tasks\.masked\.image: a share of 0\.6 leaves 13 tokens") as refused:
         check_fit(make_experiment(changes), mesh)
-    share = float(re.search(r"make it ([\d.]+)", str(refused.value)).group(1))
+    share = float(re.findall(r"make it ([\d.]+)", str(refused.value))[0])
     check_fit(make_experiment(changes | {"tasks.masked.image": share}), mesh)

@@ -1,6 +1,7 @@
 """What parameters are, beside a list by hand."""
 
 from fnmatch import fnmatchcase
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,7 @@ def test_a_parameter_that_says_not_what_it_is_is_refused():
 
 
 def test_a_bound_holds_a_parameter_and_lets_it_come_back():
-    state = nnx.State({"a": parameter(jnp.array([1.0, 5.0]), "scale", (None,), largest=2.0)})
+    state: Any = nnx.State({"a": parameter(jnp.array([1.0, 5.0]), "scale", (None,), largest=2.0)})
     np.testing.assert_array_equal(bounded(state)["a"].get_value(), [1.0, 2.0])
     stacked = nnx.state(stack(lambda rngs: Linear(2, 3, (None, None), rngs, bias=True), 4, nnx.Rngs(params=0)))
     jax.tree.map(np.testing.assert_array_equal, bounded(stacked), stacked)
@@ -117,7 +118,7 @@ def test_a_contrastive_scale_at_its_bound_comes_down_again():
 
     rng = np.random.default_rng(0)
     a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.normal(size=(2, 8, 4)).astype(np.float32))
-    state = nnx.State({"log_scale": parameter(jnp.log(120.0), "scale", (), largest=float(np.log(LARGEST_SCALE)))})
+    state: Any = nnx.State({"log_scale": parameter(jnp.log(120.0), "scale", (), largest=float(np.log(LARGEST_SCALE)))})
 
     def loss(state):
         found, _ = contrast("softmax", a, b, jnp.ones(8, bool), jnp.exp(state["log_scale"].get_value()))

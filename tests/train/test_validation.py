@@ -1,5 +1,7 @@
 """What validation measures is the mean over what validation patients hold, however it falls into batches."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -31,16 +33,17 @@ def test_validation_is_the_mean_over_labelled_studies(make_experiment, make_smal
     spec = material.spec
     samples = Samples(store, experiment.inputs, spec, material.samples.tokenizer, experiment.labels)
     learner = Learner(experiment, spec, nnx.Rngs(params=0))
-    head = learner.tasks["disease"].head
+    task: Any = learner.tasks["disease"]
+    head = task.head
     head.kernel[...] = 30 * head.kernel[...]  # studies differ in how wrong the head is
-    graph, state = nnx.split(learner)
+    graph, state, buffers = nnx.split(learner, nnx.Param, ...)
     mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
     with jax.set_mesh(mesh):
-        found = Validation(experiment, graph, samples, spec, mesh, sharding.local_rows(16, mesh))(state)
+        found = Validation(experiment, graph, samples, spec, mesh, sharding.local_rows(16, mesh))(state, buffers)
 
     count = len(store.rows("validation"))
     (batch,) = evaluation_batches(samples, "validation", count, np.arange(count))
-    logits = learner.tasks["disease"].logits(Views(learner.model, prepare(batch, spec, None, None)).latents)
+    logits = task.logits(Views(learner.model, prepare(batch, spec, None, None)).latents)
     label = batch.labels["disease"]
     known = np.asarray(label.present)
     assert 16 < count < 32 and 0 < known.sum() < count
