@@ -15,7 +15,6 @@ from mmfm_jax.data.batch import Batch, InputSpec
 from mmfm_jax.data.feed.transforms import prepare
 from mmfm_jax.experiment import Experiment
 from mmfm_jax.model.attention import Attention
-from mmfm_jax.model.layers import Linear
 from mmfm_jax.model.transformer import Transformer
 from mmfm_jax.parallel.mesh import AXES
 from mmfm_jax.train import groups
@@ -73,8 +72,6 @@ def step_flops(graph: nnx.GraphDef, experiment: Experiment, spec: InputSpec, sta
                 module.remat = "none"
             if isinstance(module, Attention):
                 module.implementation = "xla"
-            if isinstance(module, Linear):
-                module.reduce_dtype = "bfloat16"  # JAX's own rule of the product, which leaves out what nobody asks for
         return learner.loss(prepare(batch, spec, None, None), jax.random.key(0), train=True)[0]
 
     split = groups.split(state.params, experiment.optimizer.groups)
