@@ -111,6 +111,7 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
     def readings() -> list[list[Words]]:
         return [samples.readings(int(row)) for row in test.rows]
 
+    bootstrap = Bootstrap(config.bootstrap, experiment.seed)
     texts = OfTexts(learner, spec, trained.tokenizer, config.batch_size)
 
     def seen_by(task: str) -> HeldOut:
@@ -118,7 +119,7 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
             test=test,
             predicted=test.predicted.get(task, {}),
             classes=spec.labels,
-            bootstrap=Bootstrap(config.bootstrap, experiment.seed),
+            bootstrap=bootstrap,
             seed=experiment.seed,
             split=config.split,
             recall_at=config.recall_at,

@@ -12,11 +12,11 @@ from mmfm_jax.metrics.bootstrap import Bootstrap
 from mmfm_jax.metrics.findings import Exhibit, Findings, Forest, Panel
 from mmfm_jax.metrics.held_out import HeldOut, LogProbability
 from mmfm_jax.metrics.statistics import (
+    ClassAuroc,
     Measure,
     Statistic,
     Weights,
     calibration_error,
-    class_auroc,
     confidence,
 )
 
@@ -41,9 +41,7 @@ class Predictions:
 
     def measures(self, bootstrap: Bootstrap) -> dict[str, Measure]:
         """AUROC of each predictor, what the headline gains over each baseline (paired), and its calibration error."""
-        aurocs = {
-            name: functools.partial(class_auroc, scores, self.label) for name, scores in self.by_predictor.items()
-        }
+        aurocs = {name: ClassAuroc(scores, self.label) for name, scores in self.by_predictor.items()}
         measures = {f"{name}/auroc": bootstrap(auroc, self.patients) for name, auroc in aurocs.items()}
         if self.headline in aurocs:
             for name in (name for name in aurocs if name.startswith(BASELINE)):

@@ -6,7 +6,7 @@ A resample of N studies is a row of weights: how often each study was drawn. So 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ Statistic = Callable[[Weights], Float[np.ndarray, "resample"]]
 
 CALIBRATION_BINS = 10
 BLOCK = 1 << 22  # largest number of elements of a matrix held at once (weights, similarities)
+KEPT = 1 << 30  # bytes of resamples that are held
 
 
 # ---------------------------------------------------------------- intervals
@@ -32,25 +33,49 @@ class Measure:
     n: int
 
 
-def measure(statistic: Statistic, patients: Shaped[np.ndarray, "study"], resamples: int, seed: int) -> Measure:
-    """The statistic with its 95% percentile interval over patients drawn with replacement.
+class Resamples:
+    """Patients drawn with replacement, so many times; all studies of one that is drawn.
 
     Studies of one patient are drawn together, since they are alike (cluster bootstrap: Field and Welsh,
-    J. R. Statist. Soc. B 69, 2007). Resamples in which the statistic is undefined (NaN) are left out. One seed draws
-    the same patients for every statistic of the same studies, so intervals can be compared.
+    J. R. Statist. Soc. B 69, 2007). The draws are those of the seed and are kept, one byte a patient and resample where
+    that is at most KEPT bytes, so that every statistic of the same studies has the same patients and none draws anew.
     """
-    n = len(patients)
-    unique, patient_of_study = np.unique(patients, return_inverse=True)
-    rng = np.random.default_rng(seed)
-    chunk = max(1, BLOCK // max(n, 1))
-    values = [
-        statistic(rng.multinomial(len(unique), np.full(len(unique), 1 / len(unique)), size=size)[:, patient_of_study])
-        for size in np.diff(np.r_[0:resamples:chunk, resamples])
-    ]
-    defined = np.concatenate(values)
-    defined = defined[np.isfinite(defined)]
-    low, high = (float(v) for v in np.percentile(defined, [2.5, 97.5])) if len(defined) else (None, None)
-    return Measure(float(statistic(np.ones((1, n)))[0]), low, high, n)
+
+    def __init__(self, patients: Shaped[np.ndarray, "study"], resamples: int, seed: int):
+        self.studies = len(patients)
+        unique, self._patient_of_study = np.unique(patients, return_inverse=True)
+        self._patients, self._seed = len(unique), seed
+        chunk = max(1, BLOCK // max(self.studies, 1))
+        self._sizes = np.diff(np.r_[0:resamples:chunk, resamples]).tolist()
+        self._kept: list[np.ndarray] | None = [] if resamples * self._patients <= KEPT else None
+
+    def __iter__(self) -> Iterator[Weights]:
+        """Blocks of resamples: how often each study was drawn."""
+        if self._kept:
+            for counts in self._kept:
+                yield counts[:, self._patient_of_study]
+            return
+        rng, kept = np.random.default_rng(self._seed), []
+        for size in self._sizes:
+            counts = rng.multinomial(self._patients, np.full(self._patients, 1 / self._patients), size=size)
+            counts = counts.astype(np.min_scalar_type(int(counts.max(initial=0))))
+            if self._kept is not None:
+                kept.append(counts)
+            yield counts[:, self._patient_of_study]
+        if self._kept is not None:
+            self._kept = kept
+
+    def measure(self, statistic: Statistic) -> Measure:
+        """The statistic with its 95% percentile interval; resamples in which it is undefined (NaN) are left out."""
+        defined = np.concatenate([statistic(weights) for weights in self])
+        defined = defined[np.isfinite(defined)]
+        low, high = (float(v) for v in np.percentile(defined, [2.5, 97.5])) if len(defined) else (None, None)
+        return Measure(float(statistic(np.ones((1, self.studies)))[0]), low, high, self.studies)
+
+
+def measure(statistic: Statistic, patients: Shaped[np.ndarray, "study"], resamples: int, seed: int) -> Measure:
+    """One statistic with its interval over patients; `Resamples` shares the draws among several."""
+    return Resamples(patients, resamples, seed).measure(statistic)
 
 
 def chance(value: float, n: int) -> Measure:
@@ -61,41 +86,62 @@ def chance(value: float, n: int) -> Measure:
 # ---------------------------------------------------------------- discrimination
 
 
+class Auroc:
+    """Area under the ROC curve: the weighted chance that a positive study scores above a negative one, ties as half.
+
+    NaN for a resample without both classes, and for all of them where a score is NaN: it has no rank. Scores are sorted
+    once, whatever the number of resamples.
+    """
+
+    def __init__(self, scores: Float[np.ndarray, "study"], positive: Bool[np.ndarray, "study"]):
+        self._order = np.argsort(scores, kind="stable")
+        ordered = scores[self._order]
+        self._starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])  # of each run of equal scores
+        self._positive = positive[self._order]
+        self._ranked = not np.isnan(scores).any()
+
+    def __call__(self, weights: Weights) -> Float[np.ndarray, "resample"]:
+        if not self._ranked:
+            return np.full(len(weights), np.nan)
+        weights = weights[:, self._order].astype(np.float64)
+        positives = np.add.reduceat(weights * self._positive, self._starts, axis=1)
+        negatives = np.add.reduceat(weights * ~self._positive, self._starts, axis=1)
+        below = np.cumsum(negatives, axis=1) - negatives
+        pairs = positives.sum(axis=1) * negatives.sum(axis=1)
+        wins = (positives * (below + negatives / 2)).sum(axis=1)
+        return np.divide(wins, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
+
+
 def auroc(
     scores: Float[np.ndarray, "study"], positive: Bool[np.ndarray, "study"], weights: Weights
 ) -> Float[np.ndarray, "resample"]:
-    """Area under the ROC curve: the weighted chance that a positive study scores above a negative one, ties as half.
+    """See Auroc."""
+    return Auroc(scores, positive)(weights)
 
-    NaN for a resample without both classes, and for all of them where a score is NaN: it has no rank.
-    """
-    if np.isnan(scores).any():
-        return np.full(len(weights), np.nan)
-    order = np.argsort(scores, kind="stable")
-    ordered = scores[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])  # of each run of equal scores
-    weights = weights[:, order].astype(np.float64)
-    positives = np.add.reduceat(weights * positive[order], starts, axis=1)
-    negatives = np.add.reduceat(weights * ~positive[order], starts, axis=1)
-    below = np.cumsum(negatives, axis=1) - negatives
-    pairs = positives.sum(axis=1) * negatives.sum(axis=1)
-    wins = (positives * (below + negatives / 2)).sum(axis=1)
-    return np.divide(wins, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
+
+class ClassAuroc:
+    """AUROC of the second of two classes, or the mean over classes of one against the rest (those a resample holds)."""
+
+    def __init__(self, log_probability: Float[np.ndarray, "study label_class"], label: Int[np.ndarray, "study"]):
+        classes = log_probability.shape[1]
+        spoilt = np.isnan(log_probability).any()  # a class of which nothing is NaN has no rank among those that are
+        self._each = [
+            Auroc(np.full(len(label), np.nan) if spoilt else _log_odds(log_probability, c), label == c)
+            for c in ([1] if classes == 2 else range(classes))
+        ]
+
+    def __call__(self, weights: Weights) -> Float[np.ndarray, "resample"]:
+        each = np.stack([auroc(weights) for auroc in self._each])
+        defined = np.isfinite(each)
+        count, mean = defined.sum(axis=0), np.full(each.shape[1], np.nan)
+        return np.divide(np.where(defined, each, 0).sum(axis=0), count, out=mean, where=count > 0)
 
 
 def class_auroc(
     log_probability: Float[np.ndarray, "study label_class"], label: Int[np.ndarray, "study"], weights: Weights
 ) -> Float[np.ndarray, "resample"]:
-    """AUROC of the second of two classes, or the mean over classes of one against the rest (those a resample holds)."""
-    if np.isnan(log_probability).any():
-        return np.full(len(weights), np.nan)
-    if log_probability.shape[1] == 2:
-        return auroc(_log_odds(log_probability, 1), label == 1, weights)
-    each = np.stack(
-        [auroc(_log_odds(log_probability, c), label == c, weights) for c in range(log_probability.shape[1])]
-    )
-    defined = np.isfinite(each)
-    count = defined.sum(axis=0)
-    return np.divide(np.where(defined, each, 0).sum(axis=0), count, out=np.full(each.shape[1], np.nan), where=count > 0)
+    """See ClassAuroc."""
+    return ClassAuroc(log_probability, label)(weights)
 
 
 def _log_odds(log_probability: Float[np.ndarray, "study label_class"], c: int) -> Float[np.ndarray, "study"]:

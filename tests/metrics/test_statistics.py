@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from mmfm_jax.metrics import statistics as metrics
+from mmfm_jax.metrics.bootstrap import Bootstrap
 
 seeds = st.integers(0, 2**32 - 1)
 few = settings(max_examples=50, deadline=None)
@@ -67,7 +68,7 @@ def test_several_classes_are_the_mean_of_one_against_the_rest(seed, classes):
 
 def test_a_class_that_a_resample_lacks_is_left_out_of_its_mean():
     label = np.array([0, 0, 1, 1, 2])
-    log_probability = np.random.default_rng(0).normal(size=(5, 3))
+    log_probability = np.log(np.random.default_rng(0).dirichlet(np.ones(3), 5))
     without = np.array([[1, 1, 1, 1, 0]])
     one, two = (metrics.auroc(log_probability[:, c], label == c, without)[0] for c in (0, 1))
     assert metrics.class_auroc(log_probability, label, without)[0] == pytest.approx((one + two) / 2)
@@ -188,6 +189,30 @@ def test_interval_does_not_depend_on_how_resamples_are_chunked(monkeypatch):
     whole = metrics.measure(lambda w: metrics.weighted_mean(values, w), patients, 100, seed=3)
     monkeypatch.setattr(metrics, "BLOCK", 40 * 7)
     assert metrics.measure(lambda w: metrics.weighted_mean(values, w), patients, 100, seed=3) == whole
+
+
+def test_statistics_of_the_same_studies_share_their_draws(monkeypatch):
+    rng = np.random.default_rng(0)
+    values, patients = rng.normal(size=60), rng.permutation(60) % 25
+    monkeypatch.setattr(metrics, "BLOCK", 60 * 16)  # blocks of 16 resamples
+    seen = []
+    bootstrap = Bootstrap(50, 3)
+    for _ in range(2):
+        blocks = []
+        bootstrap(lambda w, blocks=blocks: blocks.append(w) or metrics.weighted_mean(values, w), patients)
+        seen.append(np.concatenate(blocks[:-1]))
+    np.testing.assert_array_equal(*seen)
+    assert seen[0].shape == (50, 60) and seen[0].dtype.itemsize == 1
+    drawn = np.random.default_rng(3).multinomial(25, np.full(25, 1 / 25), size=50)
+    np.testing.assert_array_equal(seen[0], drawn[:, np.unique(patients, return_inverse=True)[1]])
+    monkeypatch.setattr(np.random, "default_rng", lambda *_: pytest.fail("drawn again"))
+    again = bootstrap(lambda w: metrics.weighted_mean(values, w), patients)
+    monkeypatch.undo()
+    assert again == metrics.measure(lambda w: metrics.weighted_mean(values, w), patients, 50, 3)
+    monkeypatch.setattr(metrics, "KEPT", 0)  # too many to keep: drawn anew, and the same
+    unkept = Bootstrap(50, 3)
+    for _ in range(2):
+        assert unkept(lambda w: metrics.weighted_mean(values, w), patients) == again
 
 
 def test_a_thousand_resamples_of_five_hundred_studies_are_a_few_products_of_matrices():

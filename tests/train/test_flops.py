@@ -114,7 +114,9 @@ def by_hand(frozen: str | None, forward: float) -> float:
         blocks = 2 * STUDIES * (2 * tokens * 12 * VISION**2 + 2 * 2 * tokens**2 * VISION)
         into_fusion = 2 * STUDIES * tokens * VISION * FUSION  # its kernel has a gradient, its input none
         return 3 * forward - 2 * (embedding + blocks) - into_fusion
-    return forward + 2 * (2 * STUDIES * FUSION * CLASSES)  # of the head's kernel, and of its input for the norm before it
+    return forward + 2 * (
+        2 * STUDIES * FUSION * CLASSES
+    )  # of the head's kernel, and of its input for the norm before it
 
 
 @pytest.mark.parametrize("frozen", [None, "model.vision.*", "model.*"])
