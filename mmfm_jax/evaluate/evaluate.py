@@ -43,6 +43,11 @@ class Evaluation:
     findings: Findings
     test: Split
 
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """By name, such as `malignancy/fused/auroc`."""
+        return self.findings.measures
+
 
 def evaluate(run: str | Path, console: Console | None = None) -> Evaluation:
     """Measures the run in a folder; writes `evaluation.json` and `report.html` there and prints a table.

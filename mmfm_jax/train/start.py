@@ -50,7 +50,9 @@ def start_or_resume(
     meet("run folder read")
     if lock:
         lock.take()
-        if folder.exists(run) != (held is not None):
+        changed = folder.exists(run) != (held is not None)
+        meet("run folder locked")  # all have looked before the first process writes
+        if changed:
             raise UserError(f"{run}: another run was started here at this moment; give another --run")
     if writes:
         if held:

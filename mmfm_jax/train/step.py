@@ -37,7 +37,8 @@ def make_step(
     def objective(params, frozen, buffers, counts: Counts | None, batch: Batch, keys):
         """What is minimised; its sums, and the buffers that it leaves. Divided by `counts`, if given, in place of those
         of this part."""
-        learner = nnx.merge(graph, params, frozen, buffers)
+        # Variables belong to the trace that made them: those of buffers are made anew, so that a loss may change them.
+        learner = nnx.merge(graph, params, frozen, jax.tree.map(lambda x: x, buffers))
         sums = learner.sums(batch, keys, train=True)
         total = learner.objective(sums.losses if counts is None else divided_by(sums.losses, counts))
         return total, (sums, nnx.state(learner, nnx.Not(nnx.Param)))

@@ -62,7 +62,11 @@ def test_a_denied_modality_is_as_if_absent(material, prepared, model):
     absent = np.zeros(material.experiment.train.batch_size, bool)
     text = prepared.texts["report"]
     without = type(prepared)(
-        prepared.study, prepared.images, {"report": type(text)(text.tokens, absent)}, prepared.table, prepared.labels
+        prepared.study,
+        prepared.images,
+        {"report": type(text)(text.tokens, absent, text.digest)},
+        prepared.table,
+        prepared.labels,
     )
     np.testing.assert_array_equal(
         model.fuse(model.encode(prepared), {"text": absent}), model.fuse(model.encode(without))
@@ -77,7 +81,7 @@ def test_hidden_columns_and_tokens_are_not_seen(material, prepared, model):
     changed = type(prepared)(
         prepared.study,
         prepared.images,
-        {"report": type(text)(jnp.where(text.tokens != 0, 7, 0), text.present)},
+        {"report": type(text)(jnp.where(text.tokens != 0, 7, 0), text.present, text.digest)},
         type(table)(table.numbers + 1, table.number_present, table.categories, table.category_present),
         prepared.labels,
     )
@@ -91,7 +95,7 @@ def test_dropping_modalities_always_leaves_one_that_is_present():
     present = rng.random((3, 4000)) < 0.5
     parts = dict(zip(("image/ct", "text/report", "table"), present))
     encoded = {part: Tokens(jnp.zeros((4000, 1, 1)), jnp.asarray(held)[:, None]) for part, held in parts.items()}
-    kept = drop_modalities(encoded, 0.7, jax.random.key(0))
+    kept = drop_modalities(encoded, 0.7, jax.random.split(jax.random.key(0), 4000))
     seen = np.stack([np.asarray(kept[name]) for name in ("image", "text", "table")]) & present
     assert (seen.any(axis=0) == present.any(axis=0)).all()
     alone = present.sum(axis=0) == 1

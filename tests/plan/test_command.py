@@ -134,8 +134,9 @@ def test_a_step_that_does_not_fit_says_by_how_much_and_what_would_help(make_pod)
 def test_what_cannot_be_planned_is_one_sentence(tmp_path, capsys, arguments, said):
     with pytest.raises(SystemExit) as exit:
         main(["plan", written(tmp_path), *arguments])
-    (told,) = capsys.readouterr().err.splitlines()
+    *phases, told = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2 and told.startswith("mmfm: ") and said in told
+    assert all(line.startswith("plan: ") for line in phases)
 
 
 @needs_libtpu

@@ -81,7 +81,7 @@ def test_a_kernel_gradient_of_four_devices_keeps_the_bits_that_bfloat16_would_lo
             found = jax.jit(jax.grad(functools.partial(agreement, graph)))(*placed)
         kernel, bias = found["kernel"].get_value(), found["bias"].get_value()
         errors[reduce_dtype] = np.abs(kernel - expected).max() / np.abs(expected).max()
-        np.testing.assert_allclose(bias, of_bias, rtol=0, atol=1e-5 if reduce_dtype == "float32" else 1.0)
+        np.testing.assert_allclose(bias, of_bias, rtol=0, atol=1e-5 if reduce_dtype == "float32" else 2.0)
     assert errors["float32"] < 1e-6 and 1e-4 < errors["bfloat16"] < 1e-2, errors
 
 

@@ -277,7 +277,7 @@ def test_workers_end_when_their_parent_does(folder, sent):
         os.kill(parent.pid, sent)
     else:
         os.killpg(parent.pid, sent)
-    _, errors = parent.communicate(timeout=20)  # which waits for whoever has its output
+    _, errors = parent.communicate(timeout=120)  # which waits for whoever has its output
     assert parent.returncode == -sent and gone(processes)
     assert "replaced" not in errors
 

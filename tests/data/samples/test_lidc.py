@@ -158,7 +158,8 @@ def test_a_second_call_does_nothing_and_other_settings_are_refused(store, monkey
             UserError, match="already holds a store with another source, split key, fractions or schema"
         ):
             build(Path(store.url), key, fractions=fractions)
-    monkeypatch.setattr(lidc, "DATASET", DATASET | {"texts": {}})
+    columns = {name: column for name, column in DATASET["columns"].items() if name != "contrast"}
+    monkeypatch.setattr(lidc, "DATASET", DATASET | {"columns": columns})
     with pytest.raises(UserError, match="or schema; give another place or remove it"):
         build(Path(store.url))
     store.verify()
