@@ -106,7 +106,8 @@ def test_a_parameter_that_says_not_what_it_is_is_refused():
 
 def test_a_bound_holds_a_parameter_and_lets_it_come_back():
     state: Any = nnx.State({"a": parameter(jnp.array([1.0, 5.0]), "scale", (None,), largest=2.0)})
-    np.testing.assert_array_equal(bounded(state)["a"].get_value(), [1.0, 2.0])
+    held: Any = bounded(state)
+    np.testing.assert_array_equal(held["a"].get_value(), [1.0, 2.0])
     stacked: Any = nnx.state(stack(lambda rngs: Linear(2, 3, (None, None), rngs, bias=True), 4, nnx.Rngs(params=0)))
     jax.tree.map(np.testing.assert_array_equal, bounded(stacked), stacked)
 
