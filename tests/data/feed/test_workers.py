@@ -243,7 +243,8 @@ def test_memory_is_used_again_once_a_batch_is_let_go_and_never_before(samples, m
 
 
 PARENT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands down that it is ignored
 import numpy as np
 import test_workers as t
 samples = t.samples_of({"store": sys.argv[1]})
