@@ -276,16 +276,17 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(hospital, tmp_path, same_byte
     seconds, rng = time.monotonic() - begun, np.random.default_rng()
     kills = 0
     for after in [*sorted(rng.uniform(0.3, 1, 4) * seconds), None]:
-        run = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=-3, stderr=-3)
+        with (tmp_path / "said").open("w") as said:
+            run = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=-3, stderr=said)
         try:
             run.wait(timeout=after)
         except subprocess.TimeoutExpired:
             os.kill(run.pid, signal.SIGKILL)
             run.wait()
             kills += 1
-    assert run.returncode == 0 and kills
+    assert run.returncode == 0 and kills, (tmp_path / "said").read_text()
     assert same_bytes(tmp_path / "whole", tmp_path / "killed")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hospital", "killed", "timed", "whole"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hospital", "killed", "said", "timed", "whole"]
 
 
 def test_new_patients_are_added_as_if_they_had_been_there_and_old_ones_keep_their_split(hospital, tmp_path, same_bytes):
