@@ -124,7 +124,7 @@ class ClassAuroc:
 
     def __init__(self, log_probability: Float[np.ndarray, "study label_class"], label: Int[np.ndarray, "study"]):
         classes = log_probability.shape[1]
-        spoilt = np.isnan(log_probability).any()  # a class of which nothing is NaN has no rank among those that are
+        spoilt = np.isnan(log_probability).any()  # then no class is measured, not even one without a NaN of its own
         self._each = [
             Auroc(np.full(len(label), np.nan) if spoilt else _log_odds(log_probability, c), label == c)
             for c in ([1] if classes == 2 else range(classes))

@@ -1,6 +1,7 @@
 """What a task keeps from step to step beside parameters, by a task that counts its parts and keeps a running mean."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -57,7 +58,7 @@ def kept(request, make_experiment, material, monkeypatch):
     )
     optimizer = make_optimizer(experiment.optimizer, experiment.train.steps)
     graph, *_ = learner_shapes(experiment, material.spec)
-    make = lambda: initial_state(experiment, material.spec, optimizer)  # noqa: E731
+    make = functools.partial(initial_state, experiment, material.spec, optimizer)
     return experiment, make, jax.jit(make_step(graph, experiment, material.spec, optimizer))
 
 

@@ -38,7 +38,7 @@ def _serve(connection: Connection, answers: queue.SimpleQueue[Future[Any]]) -> N
         samples, packed, size, threads, ahead = connection.recv()  # which opens the store
     except (EOFError, ConnectionError):
         raise
-    except Exception as error:
+    except Exception as error:  # whatever it is, the parent is told, and raises it
         samples, failed = None, error
     else:
         reader = Reader(samples, packed, size, threads, ahead)
@@ -68,7 +68,7 @@ def _answer(connection: Connection, answers: queue.SimpleQueue[Future[Any]]) -> 
             connection.send(error)
         except (BrokenPipeError, ConnectionResetError):
             return
-        except Exception:  # it cannot be pickled
+        except Exception:  # not every error can be pickled, and pickle raises what it will: the parent gets its words
             connection.send(RuntimeError("".join(traceback.format_exception(error))))
 
 

@@ -272,14 +272,17 @@ def test_workers_end_when_their_parent_does(folder, sent):
         start_new_session=True,
     )
     assert parent.stdout is not None
-    processes = [int(word) for word in parent.stdout.readline().split()]
-    assert len(processes) == 2 and all(map(alive, processes))
-    if sent == signal.SIGKILL:
-        os.kill(parent.pid, sent)
-    else:
-        os.killpg(parent.pid, sent)
-    _, errors = parent.communicate(timeout=120)  # which waits for whoever has its output
-    assert parent.returncode == -sent and gone(processes)
+    try:
+        processes = [int(word) for word in parent.stdout.readline().split()]
+        assert len(processes) == 2 and all(map(alive, processes))
+        if sent == signal.SIGKILL:
+            os.kill(parent.pid, sent)
+        else:
+            os.killpg(parent.pid, sent)
+        _, errors = parent.communicate(timeout=120)  # which waits for whoever has its output
+        assert parent.returncode == -sent and gone(processes)
+    finally:  # nothing is left to run beside other tests
+        parent.kill()
     assert "replaced" not in errors
 
 
