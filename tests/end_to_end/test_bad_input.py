@@ -60,7 +60,7 @@ def changed(config, tmp_path):
         (
             {
                 "mesh": {"sequence": 4},
-                "data.augment": {"flip": 0.5},
+                "data.augment": {"flip": 0.5, "flip_with_text": True},
                 "inputs.images.ct.pack": {"studies": 2, "tokens": 10},
             },
             "inputs.images.ct.pack.tokens: 10 and 4 registers do not divide over mesh.sequence 4; make it 12",
