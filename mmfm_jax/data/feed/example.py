@@ -369,8 +369,8 @@ class Samples:
         return patches
 
     def _fill(self, role: str, row: int, box: Box) -> float:
-        """Raw value of padding: that of its dtype nearest to the lowest end of a window, so it is 0 once windowed."""
-        return _nearest(self._shape(role, row).low(box.limits), self._dtype(role))
+        """Raw value of padding: at the lowest end of a window, so it is 0 once windowed, as far as the dtype goes."""
+        return _below(self._shape(role, row).low(box.limits), self._dtype(role))
 
     def _texts(self, texts: Sequence[tuple[str, str] | None], part: TextPart) -> None:
         held = {i: text for i, text in enumerate(texts) if text}
@@ -397,11 +397,11 @@ def _nothing() -> None:
 
 
 @functools.cache
-def _nearest(value: float, dtype: str) -> float:
-    """The value of a dtype that is nearest to `value`."""
+def _below(value: float, dtype: str) -> float:
+    """The largest value of a dtype that is not above `value`; the least of all where there is none."""
     if np.dtype(dtype).kind not in "iu":
         return value
-    return min(max(round(value), np.iinfo(dtype).min), np.iinfo(dtype).max)
+    return min(max(math.floor(value), np.iinfo(dtype).min), np.iinfo(dtype).max)
 
 
 def digest(text: str) -> np.ndarray:
