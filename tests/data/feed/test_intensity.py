@@ -81,7 +81,7 @@ def blocks(voxels: np.ndarray) -> np.ndarray:
 
 def head_like(rng: np.random.Generator, shape=None) -> np.ndarray:
     """Smooth tissue with noise in an ellipsoid, and zeros around it, as of an MRI without the skull."""
-    shape = tuple(rng.integers(10, 24, 3).tolist()) if shape is None else shape
+    shape = tuple(rng.integers(5, 20, 3).tolist()) if shape is None else shape
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, s) for s in shape), indexing="ij")
     tissue = 900 + 300 * np.sin(3 * z + rng.normal()) + 200 * y * x + rng.normal(0, 60, shape)
     return np.where(z**2 + y**2 + x**2 < 0.8, np.maximum(tissue, 1), 0).astype(np.int16)[..., None]
@@ -198,7 +198,7 @@ def test_neither_gain_nor_offset_of_a_scanner_changes_what_the_model_is_given(ki
         stored([volume, volume * scale + offset]), normalise=kind, **({"pack": PACK} if packed else {})
     )
     plain, changed = prepared(samples, range(2), packed)
-    assert len(np.unique(plain)) > 50
+    assert len(np.unique(plain)) > 20
     np.testing.assert_allclose(changed, plain, atol=2e-4)  # float32 of values of 9,000 and a deviation of 100
 
 
