@@ -35,7 +35,7 @@ KINDS: tuple[Any, ...] = ("zscore", "zscore_foreground", {"percentiles": (5.0, 9
 PACK = {"studies": 2, "tokens": 60}
 
 
-def stored(volumes: list[np.ndarray], stacked: bool = False) -> StudyStore:
+def stored(volumes: list, stacked: bool = False) -> StudyStore:
     """A store of images `scan`, int16 [z, y, x, channel]; None for a study without."""
     url = f"memory://intensity/{uuid.uuid4()}"
     first = next(v for v in volumes if v is not None)
@@ -46,7 +46,7 @@ def stored(volumes: list[np.ndarray], stacked: bool = False) -> StudyStore:
     return StudyStore.open(url)
 
 
-def samples_of(store: Any, max_damaged: int = 0, **image) -> Samples:
+def samples_of(store: Any, max_damaged: Any = 0, **image: Any) -> Samples:
     inputs = Inputs.model_validate({"images": {"scan": {"size": SIZE, "patch": PATCH, **image}}})
     tokenizer = Tokenizer.train(["nothing"], 300)
     spec = make_spec(inputs, store.schema, store.stats, tokenizer, store.windows(inputs.images))
@@ -118,7 +118,7 @@ def test_limits_are_those_written_out_by_hand_and_what_is_not_finite_does_not_co
 @pytest.mark.parametrize("kind", ["zscore", "zscore_foreground", (0.5, 99.5)])
 @pytest.mark.parametrize("values", [[0], [7, 7, 7], [30000] * 5, [np.nan, np.nan], []])
 def test_the_limits_of_a_volume_of_one_value_or_none_still_part(kind, values):
-    low, high = np.float32(own_limits(np.array(values, np.float32), kind))
+    low, high = np.array(own_limits(np.array(values, np.float32), kind), np.float32)
     assert np.isfinite([low, high]).all() and low < high
     assert not values or np.isnan(values[0]) or (values[0] - low) / (high - low) == 0
 
@@ -221,7 +221,8 @@ def test_what_stands_for_the_limits_of_absent_volumes_reaches_nothing():
     batch = samples.batch([samples.draw(row, None) for row in range(2)], {})
 
     def with_limits(value: float) -> Batch:
-        batch.images["scan"].limits[1] = value
+        limits: Any = batch.images["scan"].limits
+        limits[1] = value
         return prepare(batch, samples.spec, None, None)
 
     for value in (0.0, np.nan, np.inf):
