@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmfm_jax.config.inputs import Inputs
+from mmfm_jax.config.inputs import Inputs, ZScore
 from mmfm_jax.data.batch import Batch, ImageShape, InputSpec, PackedShape
 from mmfm_jax.data.feed.example import Samples
 from mmfm_jax.data.feed.intensity import own_limits
@@ -109,7 +109,11 @@ def test_limits_are_those_written_out_by_hand_and_what_is_not_finite_does_not_co
     expected = percentile(values, low), percentile(values, high)
     if expected[1] - expected[0] > 1e-2:
         np.testing.assert_allclose(own_limits(sample, (low, high)), expected, rtol=1e-9, atol=1e-9)
-    for kind, counted in (("zscore", values), ("zscore_foreground", [v for v in values if v > min(values)])):
+    ways: list[tuple[ZScore, list]] = [
+        ("zscore", values),
+        ("zscore_foreground", [v for v in values if v > min(values)]),
+    ]
+    for kind, counted in ways:
         mean, sd = statistics.fmean(counted), statistics.pstdev(counted)
         if sd:
             np.testing.assert_allclose(own_limits(sample, kind), (mean - 4 * sd, mean + 4 * sd), rtol=1e-9, atol=1e-6)
