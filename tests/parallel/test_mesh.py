@@ -75,7 +75,8 @@ def experiment(make_experiment):
     """All tasks, with all that is drawn in training."""
     noise = {"dropout": 0.1, "drop_path": 0.3, "layer_scale": 0.5}
     stacks = {f"model.{stack}.{name}": value for stack in ("vision", "text", "fusion") for name, value in noise.items()}
-    return make_experiment({**stacks, "tasks.caption": CAPTION, "tasks.caption.decoder.dropout": 0.1})
+    decoder = {"width": 16, "depth": 1, "heads": 2, "dropout": 0.1}
+    return make_experiment({**stacks, "tasks.caption": {"kind": "caption", "field": "report", "decoder": decoder}})
 
 
 @pytest.fixture(scope="module")
