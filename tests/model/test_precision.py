@@ -1,7 +1,7 @@
 """Products in eight bits against float64: their error, their gradients, and that tokens do not meet."""
 
 import builtins
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def test_a_token_is_not_changed_by_the_others(precision):
 
 
 def stack(precision, remat):
-    noise = {"dropout": 0.1, "drop_path": 0.2, "layer_scale": 0.5}
+    noise: Any = {"dropout": 0.1, "drop_path": 0.2, "layer_scale": 0.5}
     config = TransformerConfig(width=16, depth=2, heads=2, gated=True, precision=precision, remat=remat, **noise)
     return nnx.split(Transformer(config, nnx.Rngs(params=jax.random.key(0))))
 

@@ -19,7 +19,7 @@ from mmfm_jax.tasks.base import Views
 from mmfm_jax.train.learner import Learner
 
 MANY, WIDTH = 4000, 16
-SIZE = {"width": WIDTH, "depth": 2, "heads": 2}
+SIZE: dict[str, Any] = {"width": WIDTH, "depth": 2, "heads": 2}
 
 
 def stack_of(**options) -> Any:
