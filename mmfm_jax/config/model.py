@@ -19,6 +19,13 @@ class TransformerConfig(Config):
     """Hidden width of the MLP over `width`."""
     gated: bool = False
     """Gated (GEGLU, arXiv:2002.05202) instead of plain GELU MLP."""
+    dropout: Probability = 0.0
+    """Training only: chance of each feature of what attention and MLP give to be zero (JMLR 15:1929)."""
+    drop_path: Probability = 0.0
+    """Training only: chance that a study passes by a branch of the last block; it rises linearly from 0 in the first,
+    as in timm (stochastic depth, arXiv:1603.09382)."""
+    layer_scale: PositiveFloat | None = None
+    """Where a learnt factor for each feature of every branch starts (LayerScale, arXiv:2103.17239); none by default."""
     remat: Literal["none", "dots", "hidden", "attention", "full", "offload"] = "none"
     """What backward recomputes: nothing, all but the outputs of matmuls and attention, all but those of attention and
     the hidden layers of MLPs, all but those of attention, or whole blocks; `offload` is `full` with what enters each

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, PRNGKeyArray
 
 from mmfm_jax.config.model import TransformerConfig
 from mmfm_jax.data.batch import PAD, Array
@@ -53,12 +53,15 @@ class TextDecoder(nnx.Module):
         self.head = None if tied else Linear(config.width, vocabulary_size, ("width", "vocabulary"), rngs, bias=True)
 
     def __call__(
-        self, tokens: Int[Array, "batch length"], latents: Float[Array, "batch latent latent_width"]
+        self,
+        tokens: Int[Array, "batch length"],
+        latents: Float[Array, "batch latent latent_width"],
+        keys: PRNGKeyArray | None = None,
     ) -> Float[Array, "batch length width"]:
-        """At each token, what `output` turns into the logits of the next."""
+        """At each token, what `output` turns into the logits of the next. `keys`: one a study, of noise in training."""
         angles = angles_1d(tokens.shape[1], self.config.width // self.config.heads)[None]
         x, memory = self.embed(tokens).astype(self.dtype), self.memory(latents.astype(self.dtype))
-        return self.transformer(x, angles=jnp.asarray(angles, jnp.float32), memory=memory)
+        return self.transformer(x, angles=jnp.asarray(angles, jnp.float32), memory=memory, keys=keys)
 
     @property
     def output(self) -> tuple[Float[Array, "width entry"], Float[Array, "entry"] | None]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, PRNGKeyArray
 
 from mmfm_jax.config.model import FusionConfig
 from mmfm_jax.data.batch import Array
@@ -27,12 +27,14 @@ class Fusion(nnx.Module):
         self.latents = Table(config.latents, config.width, rngs, kind="token")
         self.transformer = Transformer(config, rngs, cross_attention=True)
 
-    def __call__(self, parts: Mapping[str, Tokens]) -> Float[Array, "batch latent width"]:
-        """The latents of each study, which see that study's tokens alone."""
+    def __call__(
+        self, parts: Mapping[str, Tokens], keys: PRNGKeyArray | None = None
+    ) -> Float[Array, "batch latent width"]:
+        """The latents of each study, which see that study's tokens alone. `keys`: one a study, of noise in training."""
         projected = [
             replace(parts[name], x=project(parts[name].x) + self.part.all[i].astype(self.dtype))
             for i, (name, project) in enumerate(zip(self.parts, self.project))
         ]
         memory, own = join(projected), self.latents.all
         latents = jnp.broadcast_to(own, (len(memory.x) * memory.studies, *own.shape)).astype(self.dtype)
-        return self.transformer(latents, memory=memory.x, memory_segments=memory.seen_by(len(own)))
+        return self.transformer(latents, memory=memory.x, memory_segments=memory.seen_by(len(own)), keys=keys)

@@ -57,6 +57,16 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.scale[...])
 
 
+class LayerScale(nnx.Module):
+    """A learnt factor a feature (arXiv:2103.17239)."""
+
+    def __init__(self, width: int, initial: float):
+        self.scale = parameter(jnp.full(width, initial), "scale", (None,))
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        return (x.astype(jnp.float32) * self.scale[...]).astype(x.dtype)
+
+
 class Table(nnx.Module):
     """Learned vectors by index, such as the embeddings of a vocabulary."""
 

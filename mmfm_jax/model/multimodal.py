@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 from mmfm_jax.config.model import ModelConfig
 from mmfm_jax.data.batch import PAD, Array, Batch, InputSpec, PackedPart
 from mmfm_jax.model.fusion import Fusion
+from mmfm_jax.model.regularise import fold
 from mmfm_jax.model.tabular import TableEncoder
 from mmfm_jax.model.text import TextEncoder
 from mmfm_jax.model.tokens import Tokens
@@ -52,33 +53,37 @@ class MultimodalModel(nnx.Module):
         widths |= {"table": config.table.width} if self.table is not None else {}
         self.fusion = Fusion(config.fusion, widths, dtype, rngs)
 
-    def encode(self, batch: Batch, hidden: Hidden = SHOWN) -> Encoded:
-        """Tokens of every part, whether present or not; `Tokens.present` tells."""
+    def encode(self, batch: Batch, hidden: Hidden = SHOWN, keys: PRNGKeyArray | None = None) -> Encoded:
+        """Tokens of every part, whether present or not; `Tokens.present` tells.
+
+        `keys`: one a study [batch], of dropout and stochastic depth in training."""
         encoded = {}
         if self.vision is not None:
             for role, image in (batch.images | batch.packed | hidden.images).items():
-                encoded[f"image/{role}"] = self.vision(role, image)
+                encoded[f"image/{role}"] = self.vision(role, image, fold(keys, len(encoded)))
         if self.text is not None:
             for field, text in batch.texts.items():
                 present, tokens = (text.tokens != PAD) & text.present[:, None], text.tokens
                 if field in hidden.tokens:
                     tokens = jnp.where(hidden.tokens[field], self.mask_token, tokens)
-                encoded[f"text/{field}"] = Tokens(self.text(tokens, present), present)
+                encoded[f"text/{field}"] = Tokens(self.text(tokens, present, fold(keys, len(encoded))), present)
         if self.table is not None:
-            x = self.table(batch.table, hidden.columns)
+            x = self.table(batch.table, hidden.columns, fold(keys, len(encoded)))
             encoded["table"] = Tokens(x, jnp.broadcast_to(table_present(batch)[:, None], x.shape[:2]))
         return encoded
 
     def fuse(
-        self, encoded: Encoded, keep: Mapping[str, Bool[Array, "batch"]] | None = None
+        self, encoded: Encoded, keep: Mapping[str, Bool[Array, "batch"]] | None = None, keys: PRNGKeyArray | None = None
     ) -> Float[Array, "batch latent width"]:
-        """The fused latents of each study; a modality that `keep` denies a study is absent to it."""
+        """The fused latents of each study; a modality that `keep` denies a study is absent to it. `keys` may be those
+        that `encode` was given."""
         keep = keep or {}
         return self.fusion(
             {
                 part: tokens.of(keep[modality(part)]) if modality(part) in keep else tokens
                 for part, tokens in encoded.items()
-            }
+            },
+            fold(keys, len(encoded)),
         )
 
 

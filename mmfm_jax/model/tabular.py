@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, PRNGKeyArray
 
 from mmfm_jax.config.model import TableConfig
 from mmfm_jax.data.batch import Array, InputSpec, TablePart
@@ -52,9 +52,11 @@ class TableEncoder(nnx.Module):
         self.transformer = Transformer(config, rngs)
 
     def __call__(
-        self, table: TablePart, hidden: Bool[Array, "batch column"] | None = None
+        self, table: TablePart, hidden: Bool[Array, "batch column"] | None = None, keys: PRNGKeyArray | None = None
     ) -> Float[Array, "batch column width"]:
-        """Tokens of the columns; a `hidden` one shows neither its value nor whether it is missing."""
+        """Tokens of the columns; a `hidden` one shows neither its value nor whether it is missing.
+
+        `keys`: one a study, of noise in training."""
         parts = []
         if self.numbers is not None:
             parts.append(self.numbers(table.numbers))
@@ -64,4 +66,4 @@ class TableEncoder(nnx.Module):
         x = jnp.where(held[:, :, None], jnp.concatenate(parts, axis=1), self.missing.all)
         if hidden is not None:
             x = jnp.where(hidden[:, :, None], self.masked.all, x)
-        return self.transformer((x + self.column.all).astype(self.dtype))
+        return self.transformer((x + self.column.all).astype(self.dtype), keys=keys)

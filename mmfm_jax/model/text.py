@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from mmfm_jax.config.model import TransformerConfig
 from mmfm_jax.data.batch import Array
@@ -21,9 +21,9 @@ class TextEncoder(nnx.Module):
         self.transformer = Transformer(config, rngs)
 
     def __call__(
-        self, tokens: Int[Array, "batch length"], present: Bool[Array, "batch length"]
+        self, tokens: Int[Array, "batch length"], present: Bool[Array, "batch length"], keys: PRNGKeyArray | None = None
     ) -> Float[Array, "batch length width"]:
+        """`keys`: one a study, of noise in training."""
         angles = angles_1d(tokens.shape[1], self.config.width // self.config.heads)[None]
-        return self.transformer(
-            self.embed(tokens).astype(self.dtype), Segments.present(present), jnp.asarray(angles, jnp.float32)
-        )
+        x = self.embed(tokens).astype(self.dtype)
+        return self.transformer(x, Segments.present(present), jnp.asarray(angles, jnp.float32), keys=keys)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, PRNGKeyArray
 
 from mmfm_jax.config.model import VisionConfig
 from mmfm_jax.data.batch import Array, ImagePart, ImageShape, PackedPart
@@ -51,8 +51,10 @@ class VisionEncoder(nnx.Module):
         self.registers = Table(config.registers, config.width, rngs, kind="token") if config.registers else None
         self.transformer = Transformer(config, rngs)
 
-    def __call__(self, role: str, part: ImagePart | PackedPart) -> Tokens:
-        """Tokens of the registers, of each study of a row its own, then of the patches. No study meets another."""
+    def __call__(self, role: str, part: ImagePart | PackedPart, keys: PRNGKeyArray | None = None) -> Tokens:
+        """Tokens of the registers, of each study of a row its own, then of the patches. No study meets another.
+
+        `keys`: one a study, of noise in training."""
         part = part if isinstance(part, PackedPart) else as_patches(part, dict(self.shapes)[role])
         centres, segment, studies = part.centres_mm, part.segment, part.studies
         # In [0, 2]: a mean square near 1, and zero where the image is empty.
@@ -65,5 +67,5 @@ class VisionEncoder(nnx.Module):
                 own = jnp.where(part.present.reshape(-1, studies), 1 + jnp.arange(studies), 0)
                 segment = jnp.concatenate([jnp.repeat(own, self.config.registers, axis=1), segment], axis=1)
         angles = angles_3d(centres, self.config.width // self.config.heads, self.config.wavelengths_mm)
-        x = self.transformer(x, ALL if segment is None else Segments.packed(segment), angles)
+        x = self.transformer(x, ALL if segment is None else Segments.packed(segment), angles, keys=keys)
         return Tokens(x, jnp.broadcast_to(part.present[:, None], x.shape[:2]) if segment is None else segment, studies)

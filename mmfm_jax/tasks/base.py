@@ -22,8 +22,10 @@ from mmfm_jax.losses.mean import Mean
 from mmfm_jax.metrics.findings import Findings
 from mmfm_jax.metrics.held_out import HeldOut
 from mmfm_jax.model.multimodal import Encoded, MultimodalModel, drop_modalities, modality
+from mmfm_jax.model.regularise import fold
 
 Scalars = dict[str, Float[Array, ""]]
+NOISE = 2**16  # more than a task splits a key into
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Views:
     @functools.cached_property
     def encoded(self) -> Encoded:
         """Every part, whole."""
-        return self.model.encode(self.batch)
+        return self.model.encode(self.batch, keys=self.noise(self._keys))
 
     def fused(self, without: Collection[str] = (), drop: bool = True) -> Float[Array, "batch latent width"]:
         """The fusion of `encoded`, blind to the modalities `without`; in training some of the others are dropped, if
@@ -122,7 +124,12 @@ class Views:
         if drop and self.train and self._drop > 0 and self._keys is not None:
             seen = {part: tokens for part, tokens in self.encoded.items() if modality(part) not in without}
             keep |= drop_modalities(seen, self._drop, self._keys) if seen else {}
-        return self.model.fuse(self.encoded, keep)
+        return self.model.fuse(self.encoded, keep, self.noise(self._keys))
+
+    def noise(self, keys: PRNGKeyArray | None) -> PRNGKeyArray | None:
+        """From keys of studies those of dropout and stochastic depth, apart from all else that is drawn by them; None,
+        for neither, outside training."""
+        return fold(keys, NOISE) if self.train else None
 
 
 @dataclass(frozen=True)

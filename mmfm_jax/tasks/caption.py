@@ -64,17 +64,17 @@ class Caption(Task):
 
     def loss(self, views: Views, keys: PRNGKeyArray) -> Losses:
         """Mean over the tokens predicted, and of those the share whose likeliest token is right."""
-        entropy, right, asked = self._tokens(views)
+        entropy, right, asked = self._tokens(views, views.noise(keys))
         return Losses({"loss": Mean.over(entropy, asked)}, {"accuracy": Mean.over(right.astype(jnp.float32), asked)})
 
     def derived(self, means: Scalars) -> Scalars:
         return {"perplexity": jnp.exp(means["loss"])}
 
-    def _tokens(self, views: Views):
+    def _tokens(self, views: Views, noise: PRNGKeyArray | None = None):
         """Of each token: the cross-entropy of the next, whether it is the likeliest, and whether it counts."""
         text = views.batch.texts[self.config.field]
         following, asked = shift(text.tokens, text.present)
-        x = self.decoder(text.tokens, self.latents(views))
+        x = self.decoder(text.tokens, self.latents(views), noise)
         return *chunked_cross_entropy(x, *self.decoder.output, following), asked
 
     def predict(self, views: Views) -> dict[str, Array]:

@@ -19,6 +19,7 @@ from mmfm_jax.metrics.findings import Findings
 from mmfm_jax.metrics.held_out import HeldOut, view_name, views_of
 from mmfm_jax.metrics.label import tell
 from mmfm_jax.model.layers import Linear, RMSNorm
+from mmfm_jax.model.regularise import dropped
 from mmfm_jax.tasks.base import Losses, Needs, Task, TaskConfig, Views
 
 
@@ -29,6 +30,8 @@ class ClassificationConfig(TaskConfig):
     label: str
     smoothing: Probability = 0.0
     """Share of the target spread over all classes (arXiv:1512.00567)."""
+    dropout: Probability = 0.0
+    """Training only: chance of each feature that enters the head to be zero (JMLR 15:1929)."""
     without: tuple[Literal["image", "text", "table"], ...] | None = None
     """Modalities that the head is not shown. By default the texts if the label was read out of one (`from_text` of the
     label in the store), else none."""
@@ -54,12 +57,16 @@ class Classification(Task):
         self.norm = RMSNorm(model.fusion.width)
         self.head = Linear(model.fusion.width, len(spec.labels[config.label]), ("width", None), rngs, bias=True)
 
-    def logits(self, latents: Float[Array, "batch latent width"]) -> Float[Array, "batch label_class"]:
-        return self.head(self.norm(latents.astype(jnp.float32).mean(axis=1)))
+    def logits(
+        self, latents: Float[Array, "batch latent width"], noise: PRNGKeyArray | None = None
+    ) -> Float[Array, "batch label_class"]:
+        """`noise`: keys of dropout, one a study."""
+        x = self.norm(latents.astype(jnp.float32).mean(axis=1))
+        return self.head(x if noise is None or not self.config.dropout else dropped(x, noise, self.config.dropout))
 
     def loss(self, views: Views, keys: PRNGKeyArray) -> Losses:
         label = views.batch.labels[self.config.label]
-        logits = self.logits(views.fused(self.denied))
+        logits = self.logits(views.fused(self.denied), views.noise(keys))
         target = optax.smooth_labels(jax.nn.one_hot(label.value, logits.shape[-1]), self.config.smoothing)
         loss = Mean.over(optax.softmax_cross_entropy(logits, target), label.present)
         right = (logits.argmax(axis=-1) == label.value).astype(jnp.float32)

@@ -58,7 +58,7 @@ class MaskedConfig(TaskConfig):
     table: Probability = 0.3
     """Share of the columns."""
     depth: PositiveInt = 2
-    """Blocks of the decoder."""
+    """Blocks of the decoder, which has neither dropout nor stochastic depth nor LayerScale."""
     normalise: bool = True
     """Voxels of a hidden patch are predicted less their mean and over their deviation, as in MAE; else as windowed."""
     weights: PartWeights = PartWeights()
@@ -136,7 +136,8 @@ class Masked(Task):
             },
             columns=None if self.columns is None else masks.columns,
         )
-        latents = views.model.fuse(views.model.encode(views.batch, hidden))
+        noise = views.noise(keys)
+        latents = views.model.fuse(views.model.encode(views.batch, hidden, noise), keys=noise)
         return Losses(self._score(self._decode(latents, masks, views.batch), masks, views.batch))
 
     def part_weight(self, part: str) -> float:

@@ -20,15 +20,17 @@ POLICIES = ["none", *REMAT]
 DEPTH = 3
 
 
-def program(width=32, **options):
+def program(width=32, noisy=False, **options):
     """A loss of a stack's parameters and its input, and the shapes of the parameters."""
+    options |= {"dropout": 0.2, "drop_path": 0.2, "layer_scale": 0.5} if noisy else {}
     config = TransformerConfig(width=width, heads=2, **options)
     made = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=jax.random.key(0)), cross_attention=True))
     graph, params = nnx.split(made)
 
     def loss(params, x):
         present = jnp.ones(x.shape[:2], bool).at[:, -1].set(False)
-        out = nnx.merge(graph, params)(x, Segments.present(present), memory=x[:, ::2])
+        keys = jax.random.split(jax.random.key(0), len(x))
+        out = nnx.merge(graph, params)(x, Segments.present(present), memory=x[:, ::2], keys=keys)
         return jnp.mean(jnp.square(out - jnp.sin(jnp.arange(width))).astype(jnp.float32))
 
     return loss, params
@@ -38,7 +40,7 @@ def program(width=32, **options):
 def compiled():
     """The loss with its gradient of a stack of blocks, by policy."""
     x = jax.ShapeDtypeStruct((2, 32, 32), jnp.float32)
-    programs = {policy: program(depth=DEPTH, remat=policy) for policy in POLICIES}
+    programs = {policy: program(depth=DEPTH, remat=policy, noisy=True) for policy in POLICIES}
     return {
         policy: jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, x).compile()
         for policy, (loss, params) in programs.items()
@@ -47,7 +49,7 @@ def compiled():
 
 def test_every_policy_gives_the_loss_and_the_gradients_of_none(compiled):
     rng = np.random.default_rng(0)
-    shapes, x = program(depth=DEPTH)[1], jnp.asarray(rng.normal(size=(2, 32, 32)), jnp.float32)
+    shapes, x = program(depth=DEPTH, noisy=True)[1], jnp.asarray(rng.normal(size=(2, 32, 32)), jnp.float32)
     params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
     loss, gradients = compiled["none"](params, x)
     assert all(float(jnp.abs(gradient).max()) > 1e-6 for gradient in jax.tree.leaves(gradients))

@@ -71,8 +71,17 @@ def gradients(first: TrainState) -> Any:
 
 
 @pytest.fixture(scope="module")
-def alone(material):
-    return run(mesh_of(), material.experiment, material.spec, material.batch)
+def experiment(make_experiment):
+    """All tasks, with all that is drawn in training."""
+    noise = {"dropout": 0.1, "drop_path": 0.3, "layer_scale": 0.5}
+    stacks = {f"model.{stack}.{name}": value for stack in ("vision", "text", "fusion") for name, value in noise.items()}
+    decoder = {"width": 16, "depth": 1, "heads": 2, "dropout": 0.1}
+    return make_experiment({**stacks, "tasks.caption": {"kind": "caption", "field": "report", "decoder": decoder}})
+
+
+@pytest.fixture(scope="module")
+def alone(experiment, material):
+    return run(mesh_of(), experiment, material.spec, material.batch)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +97,9 @@ def alone(material):
     ],
     ids=str,
 )
-def test_losses_gradients_and_parameters_are_those_of_one_device(sizes, material, alone):
+def test_losses_gradients_and_parameters_are_those_of_one_device(sizes, experiment, material, alone):
     mesh, begun = mesh_of(**sizes), alone[3]
-    history, state, shardings, _, first = run(mesh, material.experiment, material.spec, material.batch, begun)
+    history, state, shardings, _, first = run(mesh, experiment, material.spec, material.batch, begun)
     for mine, single in zip(history, alone[0]):
         assert mine["batch_checksum"] == single["batch_checksum"]
         for name in single:

@@ -95,7 +95,9 @@ def test_what_is_hidden_reaches_no_latent_and_is_what_is_scored(setting, monkeyp
     batch, keys = views.batch, keys_of(views)
     masks, shape = task._draw(batch, keys), dict(task.shapes)["ct"]
     latents, fuse = [], MultimodalModel.fuse
-    monkeypatch.setattr(MultimodalModel, "fuse", lambda self, *a: latents.append(fuse(self, *a)) or latents[-1])
+    monkeypatch.setattr(
+        MultimodalModel, "fuse", lambda self, *a, **k: latents.append(fuse(self, *a, **k)) or latents[-1]
+    )
     expected = task.loss(views, keys).parts
 
     image = batch.images["ct"]

@@ -35,7 +35,8 @@ RTOL, ATOL = 2e-4, 2e-6  # in float32: sums over rows of other lengths are added
 
 @pytest.fixture(scope="module")
 def learner(make_experiment, material):
-    experiment = make_experiment({"tasks": TASKS, "model.text.depth": 1})
+    noise = {"model.vision.dropout": 0.1, "model.vision.drop_path": 0.3, "model.fusion.dropout": 0.1}
+    experiment = make_experiment({"tasks": TASKS, "model.text.depth": 1, **noise})
     return Learner(experiment, material.spec, nnx.Rngs(params=0))
 
 

@@ -37,6 +37,7 @@ DECAYED = (
 )
 NOT_DECAYED = (
     "*.blocks.*.scale",
+    "model.*.blocks.*_scale.scale",
     "*.norm.scale",
     "*_norm.scale",
     "*.bias",
@@ -63,7 +64,8 @@ def fits(name: str, patterns: tuple[str, ...]) -> bool:
 @pytest.fixture(scope="module")
 def params(make_experiment, material):
     caption = {"kind": "caption", "field": "report", "decoder": {"width": 16, "depth": 1, "heads": 2}}
-    return learner_shapes(make_experiment({"tasks.caption": caption}), material.spec)[1]
+    scaled = {f"model.{stack}.layer_scale": 0.1 for stack in ("vision", "text", "table", "fusion")}
+    return learner_shapes(make_experiment({"tasks.caption": caption, **scaled}), material.spec)[1]
 
 
 def test_matrices_alone_decay(params):
