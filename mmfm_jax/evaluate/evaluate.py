@@ -128,6 +128,7 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
             seed=experiment.seed,
             split=config.split,
             recall_at=config.recall_at,
+            max_gallery=config.max_gallery,
             fitted=fitted,
             of_texts=functools.partial(texts, task),
             tokens=texts.tokens,
@@ -185,7 +186,7 @@ def results_table(measures: dict[str, Measure]) -> RichTable:
     """Measures side by side with their intervals; a chance level stands in the row of what it is the chance of."""
     table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title="Held-out patients")
     table.add_column("measure", no_wrap=True)
-    for column in ("value", "95% interval", "chance"):
+    for column in ("value", "95% interval", "chance", "studies"):
         table.add_column(column, justify="right", no_wrap=True)
     of = ""
     for name, m in measures.items():
@@ -196,7 +197,7 @@ def results_table(measures: dict[str, Measure]) -> RichTable:
             of = label
         interval = f"{_short(m.low)} to {_short(m.high)}" if m.low is not None and m.high is not None else ""
         level = measures.get(f"{name}_chance")
-        table.add_row(name, _short(m.value), interval, _short(level.value) if level else "")
+        table.add_row(name, _short(m.value), interval, _short(level.value) if level else "", str(m.n))
     return table
 
 
