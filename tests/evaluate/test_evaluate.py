@@ -162,6 +162,26 @@ def test_report_stands_alone_and_names_no_patient_and_no_path(run, store):
     assert sorted(p.name for p in folder.iterdir()) == ["evaluation.json", "report.html"]
 
 
+def test_training_studies_are_read_only_where_something_is_fitted_on_them(run, trained, store, monkeypatch):
+    collected = []
+
+    def collect(extract, batches, patients, ask):
+        collected.append(ask)
+        return run[1].test
+
+    monkeypatch.setattr(module, "collect", collect)
+    samples = Samples(store, trained.experiment.inputs, trained.spec, trained.tokenizer)
+    module.measure_run(trained, store, samples, silent())
+    assert collected == [True, False]  # tasks are asked of the test split alone
+    tasks = {"image_table": EXPERIMENT["tasks"]["image_table"]}
+    experiment = validate(EXPERIMENT | {"data": {"store": store.url}, "tasks": tasks}, "test")
+    unlabelled = dataclasses.replace(
+        trained, experiment=experiment, spec=trained.spec.model_copy(update={"labels": {}})
+    )
+    module.measure_run(unlabelled, store, samples, silent())
+    assert collected[2:] == [True]
+
+
 def asks(trained, **changes):
     """The run with another `evaluate` section."""
     asked = EXPERIMENT | {"data": {"store": "none"}, "evaluate": EXPERIMENT["evaluate"] | changes}

@@ -73,9 +73,9 @@ def test_a_model_that_maps_all_studies_to_one_point_ranks_by_chance():
 @pytest.mark.parametrize("spoilt", [np.nan, np.inf])
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_vector_that_is_not_finite_leaves_no_rank(spoilt, side):
-    sides = [np.eye(9), np.eye(9)]
-    sides[side][4, 2] = spoilt
-    ranks = retrieval_ranks(*sides, np.arange(9))
+    sides = np.stack([np.eye(9)] * 2)
+    sides[side, 4, 2] = spoilt
+    ranks = retrieval_ranks(sides[0], sides[1], np.arange(9))
     assert np.isnan(ranks.expected).all() and np.isnan(ranks.found(5)).all()
 
 
