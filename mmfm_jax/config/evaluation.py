@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from mmfm_jax.config.base import Config
 
@@ -19,6 +19,9 @@ class EvaluateConfig(Config):
     baselines: dict[str, tuple[str, ...]] = {}
     """Logistic regressions on these columns, by name; `table` (boosting on `inputs.columns`) is always there."""
     recall_at: tuple[PositiveInt, ...] = (1, 5, 10)
+    max_gallery: Annotated[int, Field(ge=2)] = 10_000
+    """Studies among which retrieval finds a study's partner; of more, that many are drawn by a hash of patients, the
+    same for every run. Recall@k falls as a gallery grows, so compare it between galleries of one size."""
 
     @model_validator(mode="before")
     @classmethod

@@ -86,7 +86,7 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
     check(config, store)
     extract = extractor(learner, spec)
 
-    def split(name: str, limit: int | None = None) -> Split:
+    def split(name: str, limit: int | None = None, ask: bool = True) -> Split:
         devices = jax.local_device_count()
         batch_size = -(-config.batch_size // devices) * devices
         batches = evaluation_batches(
@@ -94,21 +94,25 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
         )
         studies = len(store.rows(name)[:limit])
         progress = track(batches, f"{name} studies", -(-studies // batch_size), console=console, transient=True)
-        return collect(extract, progress, store.patients)
+        return collect(extract, progress, store.patients, ask)
 
-    test, train = split(config.split), split(TRAIN, TRAIN_STUDIES)
+    test = split(config.split)
     columns = tuple(dict.fromkeys([*experiment.inputs.columns, *(c for b in config.baselines.values() for c in b)]))
 
     @functools.cache
+    def train() -> Split:
+        return split(TRAIN, TRAIN_STUDIES, ask=False)
+
+    @functools.cache
     def tables():
-        rows = ([store.table(int(row))[1] for row in of.rows] for of in (test, train))
+        rows = ([store.table(int(row))[1] for row in of.rows] for of in (test, train()))
         return [make_table(of, columns, store.schema) for of in rows]
 
     @functools.cache
     def fitted(label: str, denied: View) -> dict[str, LogProbability]:
         classes, (test_table, train_table) = len(spec.labels[label]), tables()
-        return linear_probes(train, test, label, classes, denied) | baselines(
-            train_table, train.labels[label], test_table,
+        return linear_probes(train(), test, label, classes, denied) | baselines(
+            train_table, train().labels[label], test_table,
             config.baselines, experiment.inputs.columns, classes, experiment.seed,
         )  # fmt: skip
 
@@ -128,6 +132,7 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
             seed=experiment.seed,
             split=config.split,
             recall_at=config.recall_at,
+            max_gallery=config.max_gallery,
             fitted=fitted,
             of_texts=functools.partial(texts, task),
             tokens=texts.tokens,
@@ -185,7 +190,7 @@ def results_table(measures: dict[str, Measure]) -> RichTable:
     """Measures side by side with their intervals; a chance level stands in the row of what it is the chance of."""
     table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title="Held-out patients")
     table.add_column("measure", no_wrap=True)
-    for column in ("value", "95% interval", "chance"):
+    for column in ("value", "95% interval", "chance", "studies"):
         table.add_column(column, justify="right", no_wrap=True)
     of = ""
     for name, m in measures.items():
@@ -196,7 +201,7 @@ def results_table(measures: dict[str, Measure]) -> RichTable:
             of = label
         interval = f"{_short(m.low)} to {_short(m.high)}" if m.low is not None and m.high is not None else ""
         level = measures.get(f"{name}_chance")
-        table.add_row(name, _short(m.value), interval, _short(level.value) if level else "")
+        table.add_row(name, _short(m.value), interval, _short(level.value) if level else "", str(m.n))
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -30,8 +31,9 @@ def probed_views(spec: InputSpec) -> tuple[View, ...]:
     return tuple(dict.fromkeys(views))
 
 
-def extractor(learner: Learner, spec: InputSpec) -> Callable[[Batch], dict]:
-    """The function from a host batch to `fused` and `predicted` of its studies (see Split), on all local devices.
+def extractor(learner: Learner, spec: InputSpec) -> Callable[[Batch, bool], dict]:
+    """The function from a host batch, and whether tasks are asked too, to `fused` and `predicted` of its studies (see
+    Split), on all local devices.
 
     The number of studies of a batch must be a multiple of the number of local devices.
     """
@@ -40,32 +42,37 @@ def extractor(learner: Learner, spec: InputSpec) -> Callable[[Batch], dict]:
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     views = probed_views(spec)
 
-    @jax.jit
-    def extract(state: nnx.State, batch: Batch) -> tuple[list, dict]:
+    @functools.partial(jax.jit, static_argnames="ask")
+    def extract(state: nnx.State, batch: Batch, ask: bool) -> tuple[list, dict]:
         learner = nnx.merge(graph, state)
         seen = Views(learner.model, prepare(batch, spec, None, None))
         fused = [seen.fused(view).astype(jnp.float32).mean(axis=1) for view in views]
-        return fused, {name: task.predict(seen) for name, task in learner.tasks.items()}
+        return fused, {name: task.predict(seen) for name, task in learner.tasks.items() if ask}
 
-    def run(batch: Batch) -> dict:
-        fused, predicted = jax.device_get(extract(state, jax.device_put(batch, by_study)))
+    def run(batch: Batch, ask: bool) -> dict:
+        fused, predicted = jax.device_get(extract(state, jax.device_put(batch, by_study), ask=ask))
         return {"fused": dict(zip(views, fused)), "predicted": predicted}
 
     by_study = NamedSharding(mesh, PartitionSpec("data"))
     return run
 
 
-def collect(extract: Callable[[Batch], dict], batches: Iterable[Batch], patients: Callable) -> Split:
-    """Runs `extract` over a split and joins its batches; `patients(rows)` gives the patient of each row."""
+def collect(
+    extract: Callable[[Batch, bool], dict], batches: Iterable[Batch], patients: Callable, ask: bool = True
+) -> Split:
+    """Runs `extract` over a split and joins its batches; `patients(rows)` gives the patient of each row.
+
+    Unless tasks are asked, `predicted` and `same` are empty: they are for what tasks say of held-out studies.
+    """
     parts, rows, labels, contents = [], [], [], []
     for batch in batches:
         real = np.asarray(batch.study) >= 0  # the last batch is padded
-        found = extract(batch)
+        found = extract(batch, ask)
         own = {view: x[real] for view, x in found["fused"].items()}
         parts.append((own, jax.tree.map(operator.itemgetter(real), found["predicted"])))
         rows.append(batch.study[real])
         labels.append({k: np.where(part.present, part.value, -1)[real] for k, part in batch.labels.items()})
-        contents.append({k: _digests(part, real) for k, part in _modalities(batch).items()})
+        contents.append({k: _digests(part, real) for k, part in _modalities(batch).items() if ask})
     return Split(
         rows=np.concatenate(rows),
         patients=np.asarray(patients(np.concatenate(rows))),

@@ -60,6 +60,8 @@ class HeldOut:
     split: str
     """The name of the test split."""
     recall_at: tuple[int, ...]
+    max_gallery: int
+    """Studies among which one is looked for."""
     fitted: Callable[[str, View], dict[str, LogProbability]]
     """Of a label and what a task that answers it may not see: what is fitted on the training split, by name: linear
     probes of the fused features and baselines on the table."""

@@ -6,10 +6,12 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
+from mmfm_jax.data.split import digest
 from mmfm_jax.metrics.bootstrap import Bootstrap
-from mmfm_jax.metrics.statistics import Measure, chance, retrieval_ranks, weighted_mean, weighted_median
+from mmfm_jax.metrics.ranks import Ranks, retrieval_ranks
+from mmfm_jax.metrics.statistics import Measure, chance, weighted_mean, weighted_median
 
 
 @dataclass(frozen=True)
@@ -23,28 +25,69 @@ class Side:
     """Studies whose inputs are identical share a value."""
 
 
-def retrieval(
-    sides: dict[str, Side], patients: np.ndarray, recall_at: tuple[int, ...], bootstrap: Bootstrap
-) -> dict[str, Measure]:
-    """Both ways between two modalities: recall@k and median rank, with their chance levels; `{}` of less than two.
+@dataclass(frozen=True)
+class Gallery:
+    """The studies that are looked for, each by its own: all that hold both modalities, or those drawn of them."""
 
-    The gallery is every study that holds both modalities; a resample draws queries from it. Identical entries are
-    ties, counted as their expected rank in random order.
+    studies: Int[np.ndarray, "study"]
+    """Places in the split, ascending."""
+    of: int
+    """How many hold both."""
+
+    @property
+    def drawn(self) -> bool:
+        return len(self.studies) < self.of
+
+
+def gallery(present: Bool[np.ndarray, "study"], patients: Shaped[np.ndarray, "study"], most: int) -> Gallery:
+    """The studies `present`; of more than `most`, that many of the patients that come first by a keyed hash.
+
+    So it is the same for every run, task and seed, a smaller one is part of a larger one, and a patient's studies stay
+    together (but for the last patient's).
     """
+    held = np.flatnonzero(present)
+    if len(held) <= most:
+        return Gallery(held, len(held))
+    unique, patient = np.unique(patients[held], return_inverse=True)
+    order = np.argsort([digest(str(name), "mmfm", "gallery") for name in unique])
+    place = np.empty(len(unique), int)
+    place[order] = np.arange(len(unique))
+    return Gallery(np.sort(held[np.argsort(place[patient], kind="stable")[:most]]), len(held))
+
+
+def ranks_both_ways(sides: dict[str, Side], among: Gallery) -> dict[str, Ranks]:
+    """By `A_to_B`: where each study's own B stands among those of the gallery. Identical entries are ties."""
     (a, first), (b, second) = sides.items()
-    both = first.present & second.present
-    n = int(both.sum())
-    if n < 2:
-        return {}
-    patients, measures = patients[both], {}
-    for source, query, target, gallery in ((a, first, b, second), (b, second, a, first)):
-        ranks = retrieval_ranks(query.vectors[both], gallery.vectors[both], gallery.same[both])
-        way = f"{source}_to_{target}"
+    return {
+        f"{source}_to_{target}": retrieval_ranks(
+            query.vectors[among.studies], held.vectors[among.studies], held.same[among.studies]
+        )
+        for source, query, target, held in ((a, first, b, second), (b, second, a, first))
+    }
+
+
+def retrieval(
+    ways: dict[str, Ranks],
+    patients: Shaped[np.ndarray, "study"],
+    among: Gallery,
+    recall_at: tuple[int, ...],
+    bootstrap: Bootstrap,
+) -> dict[str, Measure]:
+    """Recall@k and median rank of each way, with their chance levels.
+
+    `patients`: of the split. A resample draws queries from the gallery, which stays whole; `n` is its size. Of a drawn
+    gallery, `gallery_share` is the share of the studies that could have been in it.
+    """
+    n, measures = len(among.studies), {}
+    patients = patients[among.studies]
+    for way, ranks in ways.items():
         for k in recall_at:
             measures[f"{way}/recall@{k}"] = bootstrap(functools.partial(weighted_mean, ranks.found(k)), patients)
             measures[f"{way}/recall@{k}_chance"] = chance(min(k / n, 1), n)
         measures[f"{way}/median_rank"] = bootstrap(functools.partial(weighted_median, ranks.expected), patients)
         measures[f"{way}/median_rank_chance"] = chance((n + 1) / 2, n)
+        if among.drawn:
+            measures[f"{way}/gallery_share"] = chance(n / among.of, n)
     return measures
 
 

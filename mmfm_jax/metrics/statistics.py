@@ -16,7 +16,7 @@ Weights = Num[np.ndarray, "resample study"]
 Statistic = Callable[[Weights], Float[np.ndarray, "resample"]]
 
 CALIBRATION_BINS = 10
-BLOCK = 1 << 22  # largest number of elements of a matrix held at once (weights, similarities)
+BLOCK = 1 << 22  # largest number of elements of a matrix held at once (weights)
 KEPT = 1 << 30  # bytes of resamples that are held
 
 
@@ -180,49 +180,7 @@ def calibration_error(claimed: Confidence, weights: Weights) -> Float[np.ndarray
     return np.abs(weights @ by_bin).sum(axis=1) / weights.sum(axis=1)
 
 
-# ---------------------------------------------------------------- retrieval
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Where each query finds its own partner in the gallery, were equal scores put in random order."""
-
-    above: Int[np.ndarray, "query"]
-    """Gallery entries that score higher than the partner."""
-    tied: Int[np.ndarray, "query"]
-    """Other entries that score the same."""
-
-    @property
-    def expected(self) -> Float[np.ndarray, "query"]:
-        """Expected rank, the best being 1."""
-        return 1 + self.above + self.tied / 2
-
-    def found(self, k: int) -> Float[np.ndarray, "query"]:
-        """Chance that the partner is among the first k: its rank is uniform over above+1 ... above+tied+1."""
-        return np.clip(k - self.above, 0, self.tied + 1) / (self.tied + 1)
-
-
-def retrieval_ranks(
-    query: Float[np.ndarray, "study width"],
-    gallery: Float[np.ndarray, "study width"],
-    same: Int[np.ndarray, "study"],
-) -> Ranks:
-    """Ranks of each study's own gallery entry by inner product.
-
-    Entries that share a number in `same` come from equal inputs (two reports in the same words): they are exact ties,
-    whatever rounding did to their embeddings, so nothing is won by the luck of the order.
-    """
-    _, first, entry, count = np.unique(same, return_index=True, return_inverse=True, return_counts=True)
-    distinct = gallery[first].astype(np.float64)
-    above, tied = np.empty(len(query), int), np.empty(len(query), int)
-    rows = max(1, BLOCK // len(distinct))
-    for start in range(0, len(query), rows):
-        block = slice(start, start + rows)
-        scores = query[block].astype(np.float64) @ distinct.T
-        own = np.take_along_axis(scores, entry[block, None], axis=1)
-        above[block] = (scores > own) @ count
-        tied[block] = (scores == own) @ count - 1
-    return Ranks(above, tied)
+# ---------------------------------------------------------------- averages
 
 
 def weighted_mean(values: Num[np.ndarray, "study"], weights: Weights) -> Float[np.ndarray, "resample"]:
@@ -230,7 +188,12 @@ def weighted_mean(values: Num[np.ndarray, "study"], weights: Weights) -> Float[n
 
 
 def weighted_median(values: Num[np.ndarray, "study"], weights: Weights) -> Float[np.ndarray, "resample"]:
-    """The median of each value repeated `weight` times (whole weights); the mean of the two middle ones if even."""
+    """The median of each value repeated `weight` times (whole weights); the mean of the two middle ones if even.
+
+    NaN for all resamples where a value is NaN: it has no place among the others.
+    """
+    if np.isnan(values).any():
+        return np.full(len(weights), np.nan)
     order = np.argsort(values, kind="stable")
     reached = np.cumsum(weights[:, order], axis=1)
     half = reached[:, -1:] / 2

@@ -23,8 +23,8 @@ from mmfm_jax.metrics.examples import Example, examples_html, first_of
 from mmfm_jax.metrics.findings import Exhibit, Findings, Forest, Passage
 from mmfm_jax.metrics.held_out import HeldOut
 from mmfm_jax.metrics.label import BASELINE, tell
-from mmfm_jax.metrics.retrieval import Side, retrieval, zero_shot
-from mmfm_jax.metrics.statistics import retrieval_ranks
+from mmfm_jax.metrics.ranks import Ranks
+from mmfm_jax.metrics.retrieval import Gallery, Side, gallery, ranks_both_ways, retrieval, zero_shot
 from mmfm_jax.model.attention import Attention
 from mmfm_jax.model.layers import Linear, RMSNorm, Table
 from mmfm_jax.model.multimodal import modality
@@ -159,22 +159,37 @@ class Contrastive(Task):
         }
         if "text" in sides:
             sides["text"] = self._whole_texts(sides["text"], held_out)
-        measures = {
-            f"retrieval/{key}": measure
-            for key, measure in retrieval(sides, held_out.test.patients, held_out.recall_at, held_out.bootstrap).items()
-        }
-        recalls = {key: m for key, m in measures.items() if "/recall@" in key}
-        note = "Recall@k: how often a study's own partner is among the first k found. Grey mark: chance."
-        exhibits: list[Exhibit] = [Forest("Finding a study's partner", note, "recall", recalls)] if recalls else []
-        if recalls and set(sides) == {"image", "text"}:
-            exhibits.append(self._examples(sides, held_out))
-        answers = [self._answer(name, asked, sides["image"], held_out) for name, asked in self.config.zero_shot.items()]
+        found = [self._answer(name, asked, sides["image"], held_out) for name, asked in self.config.zero_shot.items()]
+        found.append(self._retrieval(sides, held_out))
         return Findings(
-            {key: m for of in answers for key, m in of.measures.items()} | measures,
-            (*(shown for of in answers for shown in of.exhibits), *exhibits),
-            tuple(note for of in answers for note in of.notes),
-            tuple(label for of in answers for label in of.answered),
+            {key: measure for of in found for key, measure in of.measures.items()},
+            tuple(shown for of in found for shown in of.exhibits),
+            tuple(note for of in found for note in of.notes),
+            tuple(label for of in found for label in of.answered),
         )
+
+    def _retrieval(self, sides: dict[str, Side], held_out: HeldOut) -> Findings:
+        (a, first), (b, second) = sides.items()
+        patients = held_out.test.patients
+        among = gallery(first.present & second.present, patients, held_out.max_gallery)
+        if len(among.studies) < 2:
+            return Findings()
+        ways = ranks_both_ways(sides, among)
+        measured = retrieval(ways, patients, among, held_out.recall_at, held_out.bootstrap)
+        measures = {f"retrieval/{key}": measure for key, measure in measured.items()}
+        size = f"{len(among.studies)} studies" + (f", drawn by a hash of patients from {among.of}" * among.drawn)
+        note = (
+            f"Recall@k between {a} and {b}: how often a study's own partner is among the first k found of {size}. Grey "
+            "mark: chance."
+        )
+        recalls = {key: m for key, m in measures.items() if "/recall@" in key}
+        exhibits: list[Exhibit] = [Forest("Finding a study's partner", note, "recall", recalls)]
+        notes = [f"Retrieval between {a} and {b} is among {size}; among more, recall is lower."] * among.drawn
+        if np.isnan(ways[f"{a}_to_{b}"].above).any():
+            notes.append(f"Retrieval between {a} and {b} is not defined: a study's embedding is not finite.")
+        elif set(sides) == {"image", "text"}:
+            exhibits.append(self._examples(sides, among, ways["image_to_text"], held_out))
+        return Findings(measures, tuple(exhibits), tuple(notes))
 
     def _whole_texts(self, text: Side, held_out: HeldOut) -> Side:
         """Of studies with several texts of a field, the mean of their vectors, a unit vector, as prompts are averaged
@@ -203,11 +218,9 @@ class Contrastive(Task):
         scores |= {key: of for key, of in fitted.items() if key.startswith(BASELINE)}
         return tell(name, asked.label, scores, held_out, measured=image.present)
 
-    def _examples(self, sides: dict[str, Side], held_out: HeldOut) -> Passage:
+    def _examples(self, sides: dict[str, Side], among: Gallery, ranks: Ranks, held_out: HeldOut) -> Passage:
         """A few test studies drawn at random, with the texts nearest to their images."""
-        image, text = sides["image"], sides["text"]
-        both = np.flatnonzero(image.present & text.present)
-        ranks = retrieval_ranks(image.vectors[both], text.vectors[both], text.same[both])
+        image, text, both = sides["image"], sides["text"], among.studies
         chosen = np.sort(np.random.default_rng(held_out.seed).permutation(len(both))[:EXAMPLES])
         nearest = (image.vectors[both[chosen]] @ text.vectors[both].T).argmax(axis=1)
         readings = held_out.readings()

@@ -65,6 +65,7 @@ EXPERIMENT = {
         "bootstrap": 50,
         "batch_size": 32,
         "recall_at": [5],
+        "max_gallery": 40,
         "baselines": {"diameter": ["diameter_mm"]},
     },
 }
@@ -130,7 +131,7 @@ def test_evaluation_json_maps_every_name_to_value_interval_and_count(run):
         *(
             f"{way}/{name}"
             for way in [*(f"{of}retrieval/{way}" for way in ways[:2] for of in ("", "again/")), *ways_of_table]
-            for name in ("recall@5", "recall@5_chance", "median_rank", "median_rank_chance")
+            for name in ("recall@5", "recall@5_chance", "median_rank", "median_rank_chance", "gallery_share")
         ),
     }
     assert measures["malignancy/fused/auroc"]["n"] == 54  # 60 test studies, of which every tenth is unlabelled
@@ -161,6 +162,26 @@ def test_report_stands_alone_and_names_no_patient_and_no_path(run, store):
     assert sorted(p.name for p in folder.iterdir()) == ["evaluation.json", "report.html"]
 
 
+def test_training_studies_are_read_only_where_something_is_fitted_on_them(run, trained, store, monkeypatch):
+    collected = []
+
+    def collect(extract, batches, patients, ask):
+        collected.append(ask)
+        return run[1].test
+
+    monkeypatch.setattr(module, "collect", collect)
+    samples = Samples(store, trained.experiment.inputs, trained.spec, trained.tokenizer)
+    module.measure_run(trained, store, samples, silent())
+    assert collected == [True, False]  # tasks are asked of the test split alone
+    tasks = {"image_table": EXPERIMENT["tasks"]["image_table"]}
+    experiment = validate(EXPERIMENT | {"data": {"store": store.url}, "tasks": tasks}, "test")
+    unlabelled = dataclasses.replace(
+        trained, experiment=experiment, spec=trained.spec.model_copy(update={"labels": {}})
+    )
+    module.measure_run(unlabelled, store, samples, silent())
+    assert collected[2:] == [True]
+
+
 def asks(trained, **changes):
     """The run with another `evaluate` section."""
     asked = EXPERIMENT | {"data": {"store": "none"}, "evaluate": EXPERIMENT["evaluate"] | changes}
@@ -186,8 +207,18 @@ def test_what_the_run_or_its_store_lacks_is_named_in_one_sentence(trained, store
 def test_a_label_that_no_test_study_carries_is_left_out_with_a_note(run):
     _, result, printed = run
     findings = result.findings
-    assert len(findings.notes) == 1 and findings.notes[0].startswith("lobe is left out")
-    assert findings.notes[0] in printed and not any(name.startswith("lobe/") for name in findings.measures)
+    (note,) = (note for note in findings.notes if note.startswith("lobe is left out"))
+    assert note in printed and not any(name.startswith("lobe/") for name in findings.measures)
+
+
+def test_a_gallery_that_was_drawn_says_so_wherever_its_recall_stands(run):
+    folder, result, printed = run
+    drawn = "40 studies, drawn by a hash of patients from 54"
+    assert [drawn in note for note in result.findings.notes] == [True, True, False]  # image and text, image and table
+    page = (folder / "report.html").read_text()
+    assert printed.count(drawn) == 2 and page.count(drawn) == 4  # above all, and beside the figure
+    recall = next(line for line in printed.splitlines() if "retrieval/image_to_text/recall@5" in line)
+    assert recall.split()[-2:] == ["0.125", "40"]
 
 
 def test_the_printed_table_puts_chance_beside_what_it_is_the_chance_of():

@@ -125,6 +125,17 @@ def test_padding_is_dropped_and_batches_join_in_order(extract, tokenizer):
     np.testing.assert_allclose(np.exp(joined.predicted["diagnosis"]["fused"]).sum(axis=1), 1, atol=1e-5)
 
 
+def test_of_what_is_only_fitted_on_tasks_are_not_asked_and_inputs_not_compared(learner, spec, extract, tokenizer):
+    whole, asked = collect(extract, [batch(tokenizer)], names), []
+    with pytest.MonkeyPatch.context() as patch:
+        for task in learner.tasks.values():
+            patch.setattr(type(task), "predict", lambda self, views: asked.append(self) or {})
+        fitted = collect(extractor(learner, spec), [batch(tokenizer)], names, ask=False)
+    assert not asked and not fitted.predicted and not fitted.same
+    for view, fused in whole.fused.items():
+        np.testing.assert_allclose(fitted.fused[view], fused, atol=1e-5)
+
+
 def test_studies_are_the_same_in_a_modality_exactly_when_its_inputs_are_equal(extract, tokenizer):
     found = collect(extract, [batch(tokenizer)], names)
     assert found.same["text"].tolist() == [found.same["text"][i % 2] for i in range(STUDIES)]
@@ -146,7 +157,7 @@ def test_features_do_not_depend_on_the_number_of_devices(learner, spec, extract,
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     one = extractor(learner, spec)
     monkeypatch.undo()
-    for a, b in zip(jax.tree.leaves(one(batch(tokenizer))), jax.tree.leaves(extract(batch(tokenizer)))):
+    for a, b in zip(jax.tree.leaves(one(batch(tokenizer), True)), jax.tree.leaves(extract(batch(tokenizer), True))):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -158,7 +169,7 @@ def held_out(learner, spec, tokenizer, seen, readings) -> HeldOut:
 
     of_texts = OfTexts(learner, spec, tokenizer, 5)  # 12 readings: batches are cut anywhere
     return HeldOut(
-        seen, seen.predicted["image_text"], spec.labels, Bootstrap(10, 0), 0, "test", (1,), nothing,
+        seen, seen.predicted["image_text"], spec.labels, Bootstrap(10, 0), 0, "test", (1,), 9, nothing,
         functools.partial(of_texts, "image_text"), of_texts.tokens, "report", lambda: readings, nothing,
     )  # fmt: skip
 

@@ -28,6 +28,7 @@ def held_out(labels) -> HeldOut:
         0,
         "test",
         (1,),
+        2,
         nothing,
         nothing,
         nothing,
