@@ -76,7 +76,7 @@ def evaluate(run: str | Path, console: Console | None = None) -> Evaluation:
     write_report(run, experiment.name, facts, findings)
     for note in findings.notes:
         console.print(note)
-    console.print(results_table(findings.measures))
+    console.print(results_table({name: m for name, m in findings.measures.items() if brief(name)}))
     for headline in findings.headlines:
         console.print(headline)
     console.print(f"Report: {run / 'report.html'}", soft_wrap=True)
@@ -155,8 +155,9 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
     if not any(config.needs().labels for config in experiment.tasks.values()):
         rest = set(spec.labels) - {label for _, of in found for label in of.answered}
         found += [(label, probes(label, spec.label_texts, seen_by(label))) for label in sorted(rest)]
-    by_view = ({label: probed(label, of) for label in spec.labels} for of in (PROBE, UNTRAINED + PROBE))
-    found.append(("origin", origin(*by_view, spec.modalities, frozenset(spec.label_texts), seen_by(""))))
+    trained_probes, before = ({label: probed(label, of) for label in spec.labels} for of in (PROBE, UNTRAINED + PROBE))
+    stated = frozenset(spec.label_texts)
+    found.append(("origin", origin(trained_probes, before, spec.modalities, stated, seen_by(""))))
     findings = joined(found)
     if len(train_rows) < (held := len(store.rows(TRAIN))):
         told = (
@@ -203,6 +204,11 @@ def check(config: EvaluateConfig, store: Studies) -> None:
             if column not in store.schema.columns:
                 held = ", ".join(store.schema.columns)
                 raise UserError(f"evaluate.baselines.{name}: the store has no column {column}; it has {held}")
+
+
+def brief(name: str) -> bool:
+    """Whether a measure stands in the printed table: no gains, and no view but of the trained model untold."""
+    return "_minus_" not in name and not ("_without_" in name and ("untrained_" in name or "told_" in name))
 
 
 def results_table(measures: dict[str, Measure]) -> RichTable:

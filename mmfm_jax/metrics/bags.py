@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -34,7 +34,8 @@ class Bag:
         from sklearn.feature_extraction.text import CountVectorizer
 
         self._pieces, self._first = _PIECES[pieces], first
-        self._vectorizer = CountVectorizer(analyzer=self._analyse, binary=True, max_features=limit)
+        analyse: Any = self._analyse  # scikit-learn's stubs know no function here
+        self._vectorizer = CountVectorizer(analyzer=analyse, binary=True, max_features=limit)
         self.train = self._average(train, self._vectorizer.fit_transform)
         """Of the training studies [study, piece]."""
 

@@ -98,7 +98,7 @@ def baselines(
     """What simple methods make of a label, by name; `{}` as for the probes.
 
     - logistic regressions on the columns that `regressions` names, and gradient boosting on the `whole` table;
-    - logistic regression on each bag of the texts, alone and with the whole table;
+    - logistic regression on each bag of the texts, alone and (not where `told`) with the whole table;
     - the mean of logistic regression and gradient boosting on the simple numbers of the images.
 
     The regularisation of the last two is chosen by cross-validation over training patients. `told`: texts state the
@@ -131,7 +131,7 @@ def baselines(
     for name, bag in train.bags.items():
         kind = TOLD if told else BASELINE
         inputs = {name: (bag, test.bags[name])}
-        if tables:
+        if tables and not told:
             both = (csr_matrix(hstack(pair)) for pair in zip(inputs[name], tables))
             inputs[name + AND_TABLE] = tuple(both)  # pyright: ignore[reportArgumentType]
         for key, (a, b) in inputs.items():

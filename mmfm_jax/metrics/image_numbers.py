@@ -71,7 +71,7 @@ def shape_numbers(share: Float[np.ndarray, "z y x"], spacing_mm: tuple[float, fl
       the share below 1; ratios of the eigenvalues of the second moments of the shares; fill of the bounding box;
     - compactness: perimeter squared over area of a slice, the largest and the mean over slices.
 
-    Padding by 0 changes nothing. Where no share reaches a half, what is of the outline is NaN; where none is above 0, all.
+    Padding by 0 changes nothing. What is of the outline is NaN where no share is a half, all where none is above 0.
     """
     if not (share > 0).any():
         return np.full(len(SHAPE), np.nan)
@@ -120,7 +120,7 @@ def intensity_numbers(
     """INTENSITY of any image, of its content: what lies above its lowest value, which is where it is empty or padded.
 
     Volume and extents of the content; its size along its three principal axes, weighted by how far it lies above the
-    lowest value; statistics of its values; the mean absolute difference of neighbours. All NaN in an image of one value.
+    lowest value; statistics of its values; the mean absolute difference of neighbours. All NaN of one value.
     """
     content = voxels > voxels.min()
     if not content.any():

@@ -131,8 +131,8 @@ def _exhibits(
             "Telling one class from another",
             "AUROC: the chance that a study of the class scores above one without it; 0.5 is guessing, 1 is perfect. "
             "Dot: value on held-out patients. Line: its 95% interval. Baselines use no model and are fitted on "
-            "training patients; told_ reads a text that states the label, so it is no baseline; untrained_ is a probe of the "
-            "model before its training.",
+            "training patients; told_ reads a text that states the label, so it is no baseline; untrained_ is a probe "
+            "of the model before its training.",
             "AUROC",
             aurocs,
             reference=0.5,

@@ -11,9 +11,9 @@ from mmfm_jax.metrics.statistics import ClassAuroc, Measure
 
 PROBE = "linear_probe"
 NOTE = (
-    "AUROC on held-out patients of linear probes of the fused features of the model that is shown these modalities alone, "
-    "with its 95% interval; below, of the same model before its training. A dagger: a text that is shown states the "
-    "label, so the probe is told the answer."
+    "AUROC on held-out patients of linear probes of the fused features of the model that is shown these modalities "
+    "alone, with its 95% interval; below, of the same model before its training. A dagger: a text that is shown "
+    "states the label, so the probe is told the answer."
 )
 
 
