@@ -45,7 +45,7 @@ def bound(reading: Reading, cache_bytes: int) -> int:
         first = reading.store.inside(role, int(reading.store.rows("train")[0]), (0, 0, 0), shape.size)
         chunk = cast(tuple[int, ...], first.chunk_layout.read_chunk.shape)[1:]
         touched = math.prod((1 + math.ceil((s - 1) / c)) * c for s, c in zip(shape.size, chunk))
-        chunks += reading.ahead * reading.size * touched * shape.channels * first.dtype.numpy_dtype.itemsize
+        chunks += reading.ahead * reading.size * touched * shape.raw_channels * first.dtype.numpy_dtype.itemsize
     return 2 * (cache_bytes + (reading.ahead + 3) * batch + chunks) + BESIDES
 
 

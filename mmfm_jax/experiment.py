@@ -64,8 +64,26 @@ class Experiment(Config):
                         f"data.mix.{name}.images: {role} is not among inputs.images ({', '.join(self.inputs.images)})"
                     )
                 changed = changed_image(self.inputs.images[role], mixed.images[role])
+                counts = [len(image.windows) for image in (self.inputs.images[role], changed)]
+                if counts[0] != counts[1]:
+                    raise ValueError(
+                        f"data.mix.{name}.images.{role}.window: gives {counts[1]} windows where "
+                        f"inputs.images.{role} has {counts[0]}, and each is a channel; give as many, or leave it out"
+                    )
                 if changed.foreground and changed.crop != "random":
                     raise ValueError(f"data.mix.{name}.images.{role}: foreground is of random crops; set crop: random")
+        aligned = next((name for name, task in self.tasks.items() if task.aligns_text), None)
+        if aligned and self.inputs.images:
+            own = [
+                f"data.mix.{name}.augment" if of.augment else "data.augment"
+                for name, of in sorted(self.data.mix.items())
+            ]
+            for field, augment in zip(own or ["data.augment"], self.data.augments):
+                if augment.swapped and not augment.flip_with_text:
+                    raise ValueError(
+                        f"{field}.flip: a mirror image swaps {augment.swapped[-1]}, which texts of tasks.{aligned} may "
+                        "name; set flip to 0, or flip_with_text: true if no text does"
+                    )
         packed = [role for role, image in self.inputs.images.items() if image.pack]
         if packed and any(augment.shift_mm or augment.rotate_degrees for augment in self.data.augments):
             raise ValueError(

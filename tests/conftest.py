@@ -86,7 +86,12 @@ SMALL = {
         "texts": {"report": {"length": 12, "sentence_keep": 0.5}},
         "columns": ["age", "size_mm", "sex"],
     },
-    "data": {"store": "", "vocabulary_size": 300, "augment": {"flip": 0.5, "shift_mm": 1}, "reader_threads": 2},
+    "data": {
+        "store": "",
+        "vocabulary_size": 300,
+        "augment": {"flip": 0.5, "flip_with_text": True, "shift_mm": 1},
+        "reader_threads": 2,
+    },
     "model": {
         "vision": {"width": 24, "depth": 2, "heads": 2, "registers": 2},
         "text": {"width": 16, "depth": 2, "heads": 2, "gated": True},

@@ -229,7 +229,7 @@ def _monai(reading: Reading, place: Path, workers: int) -> tuple[dict[str, Any] 
     """MONAI's speeds on the first volumes of the store, in a process of its own; or why there are none."""
     store, spec = reading.store, reading.samples.spec
     role, shape = next(iter(spec.images.items()))
-    if spec.images[role].channels != 1:
+    if spec.images[role].raw_channels != 1:
         return None, "the first image role has several channels, and MONAI is given volumes of one"
     rows = [int(row) for row in store.rows("train")[:256]]
     held = {row: info for row in rows if (info := store.volume_info(role, row))}

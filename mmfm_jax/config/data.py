@@ -7,14 +7,17 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from mmfm_jax.config.base import Config, Count, Fraction, Probability
-from mmfm_jax.config.inputs import Foreground, ImageInput
+from mmfm_jax.config.inputs import Foreground, ImageInput, Window, check_windows
 
 
 class Augment(Config):
     """Random changes to training images, made on the device inside the jitted step."""
 
-    flip: Probability = 0.5
-    """Chance of a mirror image along each axis."""
+    flip: Probability | tuple[Probability, Probability, Probability] = 0.0
+    """Chance of a mirror image along z, y and x (foot to head, back to front, left to right, as voxels lie in RAS); a
+    number is that of each. A task that aligns images with texts takes none unless `flip_with_text` is set."""
+    flip_with_text: bool = False
+    """Says that no text names left or right, upper or lower, front or back."""
     shift_mm: Annotated[float, Field(ge=0)] = 0.0
     """Largest shift along each axis, in millimetres."""
     rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
@@ -22,18 +25,25 @@ class Augment(Config):
     intensity: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Largest relative change of contrast, and largest shift of brightness, of the windowed image."""
 
+    @property
+    def swapped(self) -> tuple[str, ...]:
+        """What mirror images swap."""
+        chances = self.flip if isinstance(self.flip, tuple) else (self.flip,) * 3
+        ends = ("head and foot", "front and back", "left and right")
+        return tuple(names for chance, names in zip(chances, ends) if chance)
+
 
 class ImageOptions(Config):
     """What is otherwise for the images of one store of a mix; what is not given is as in `inputs.images`."""
 
-    window: tuple[float, float] | None = None
+    window: Window | tuple[Window, ...] | None = None
     crop: Literal["centre", "random"] | None = None
     foreground: Foreground | None = None
 
     @model_validator(mode="after")
     def _window_is_one(self):
-        if self.window is not None and self.window[0] >= self.window[1]:
-            raise ValueError(f"window {list(self.window)} is empty; give [low, high] with low < high")
+        if self.window is not None:
+            check_windows(self.window)
         return self
 
 

@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from mmfm_jax.config.base import Config, Extent, Fraction
+
+Window = tuple[float, float]
+ZScore = Literal["zscore", "zscore_foreground"]
+
+
+def as_channels(window: Any) -> tuple[Window, ...]:
+    """One window, or several, as several."""
+    return window if isinstance(window[0], tuple) else (window,)
+
+
+def check_windows(window: Window | tuple[Window, ...]) -> None:
+    """Raises ValueError when one of the windows is empty, or there is none."""
+    if not window:
+        raise ValueError("window is an empty list; give [low, high], or several such pairs")
+    for low, high in as_channels(window):
+        if not low < high:
+            raise ValueError(f"window {[low, high]} is empty; give [low, high] with low < high")
+
+
+class Percentiles(Config):
+    """The window of each volume by its own intensities."""
+
+    percentiles: tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]] = (0.5, 99.5)
+    """Of the whole volume, which map to 0 and 1; values outside are clipped."""
+
+    @model_validator(mode="after")
+    def _in_order(self):
+        if not self.percentiles[0] < self.percentiles[1]:
+            raise ValueError(f"percentiles {list(self.percentiles)} are not in order; give [low, high] with low < high")
+        return self
 
 
 class Packing(Config):
@@ -17,7 +47,7 @@ class Packing(Config):
     tokens: PositiveInt
     """Patches of a row; where its studies have more, the largest lose patches at their borders."""
     trim: bool = False
-    """Leaves out border patches that hold nothing above the low end of `window`, such as air around a body."""
+    """Leaves out border patches that hold nothing above the low end of its window, such as air around a body."""
 
     @model_validator(mode="after")
     def _one_each(self):
@@ -53,8 +83,14 @@ class ImageInput(Config):
     """Voxels of the crop, z y x; a 2D image is one slice (1, y, x). The largest crop where images are packed."""
     patch: Extent
     """Voxels of one token, z y x; divides `size`."""
-    window: tuple[float, float]
-    """Raw values (HU, grey levels) that map to 0 and 1; values outside are clipped."""
+    window: Window | tuple[Window, ...] | None = None
+    """Raw values (HU, grey levels) that map to 0 and 1; values outside are clipped. Several, such as those of lung,
+    soft tissue and bone, each become a channel of their own."""
+    normalise: Percentiles | ZScore | None = None
+    """In place of `window`, for images without a unit, such as MRI: each volume by its own intensities, those of the
+    whole volume and not of the crop. `zscore` maps 4 standard deviations below and above the mean to 0 and 1;
+    `zscore_foreground` takes mean and deviation of what is above the volume's smallest value, for images whose air was
+    set to one value, such as brains without the skull."""
     crop: Literal["centre", "random"] = "centre"
     """Where training crops of volumes larger than `size` are taken; evaluation always takes the centre."""
     spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
@@ -65,14 +101,33 @@ class ImageInput(Config):
     pack: Packing | None = None
     """Gives each image only the tokens that it fills, and lets several studies share a row of them."""
 
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """Those that are fixed, each a channel; none where each volume has its own."""
+        return () if self.window is None else as_channels(self.window)
+
+    @property
+    def own_window(self) -> tuple[float, float] | ZScore | None:
+        """How each volume gets a window of its own: by two percentiles or by z-score; None where `window` is given."""
+        return self.normalise.percentiles if isinstance(self.normalise, Percentiles) else self.normalise
+
     @model_validator(mode="after")
     def _divides(self):
         if any(s % p for s, p in zip(self.size, self.patch)):
             raise ValueError(
                 f"patch {list(self.patch)} does not divide size {list(self.size)}; make each size a multiple"
             )
-        if self.window[0] >= self.window[1]:
-            raise ValueError(f"window {list(self.window)} is empty; give [low, high] with low < high")
+        if (self.window is None) == (self.normalise is None):
+            raise ValueError(
+                "an image has either a window, such as [-1000, 400], or normalise, such as zscore; give one of the two"
+            )
+        if self.window is not None:
+            check_windows(self.window)
+        if self.pack and self.pack.trim and isinstance(self.normalise, str):
+            raise ValueError(
+                "pack.trim leaves out what is at the low end of the window, and that of a z-score is below air; "
+                "set trim: false, or normalise by percentiles"
+            )
         if self.spacing_mm and self.pack:
             raise ValueError(
                 "spacing_mm resamples voxels across patches, which packed images cannot do; drop one of them"

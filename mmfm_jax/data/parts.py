@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped, UInt32
 from pydantic import BaseModel, ConfigDict
 
+from mmfm_jax.config.inputs import Window, ZScore, as_channels
+
 if TYPE_CHECKING:
     import jax
 
@@ -26,6 +28,8 @@ class ImagePart:
     """Raw dtype on the host and over the wire; windowed to [0, 1] by `transforms.prepare`."""
     spacing_mm: Float[Array, "batch 3"]
     present: Bool[Array, "batch"]
+    limits: Float[Array, "batch 2"] | None = None
+    """Raw values of each volume that map to 0 and 1 where it has its own; None where the window is the role's."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class PackedPart:
     segment: Int[Array, "row token"] | None
     """The study of each token, counted from 1 in its row; 0 is padding. None: a study a row, and no padding."""
     present: Bool[Array, "batch"]
+    limits: Float[Array, "batch 2"] | None = None
+    """As those of `ImagePart`."""
 
     @property
     def studies(self) -> int:
@@ -142,9 +148,13 @@ class ImageShape(_Frozen):
     size: tuple[int, int, int]
     patch: tuple[int, int, int]
     channels: int
-    window: tuple[float, float]
-    windows: tuple[tuple[float, float], ...] = ()
-    """That of each store of a mix, where they differ."""
+    """Of the model's voxels: those of the store, each once for every window."""
+    window: Window | tuple[Window, ...] | None
+    """Raw values that map to 0 and 1, or several such pairs; None where each volume has its own."""
+    windows: tuple[Window | tuple[Window, ...], ...] = ()
+    """That of each store of a mix, where they differ; of as many pairs."""
+    normalise: tuple[float, float] | ZScore | None = None
+    """How a volume gets a window of its own: by two percentiles, or by z-score."""
     pack: PackedShape | None = None
     spacing_mm: tuple[float, float, float] | None = None
     """That of the voxels of `size`, to which raw ones are resampled; None leaves them as they are."""
@@ -157,9 +167,23 @@ class ImageShape(_Frozen):
         return self.read or self.size
 
     @property
-    def voxels_of_patch(self) -> int:
-        """Of all channels."""
-        return math.prod(self.patch) * self.channels
+    def raw_channels(self) -> int:
+        """Of a raw batch."""
+        return self.channels // (1 if self.window is None else len(as_channels(self.window)))
+
+    @property
+    def raw_voxels_of_patch(self) -> int:
+        """Of all channels of a raw batch."""
+        return math.prod(self.patch) * self.raw_channels
+
+    def low(self, limits: Any) -> float:
+        """The raw value that is 0 in every window. `limits`: those of the volume, if it has its own."""
+        return float(limits[0]) if self.window is None else min(low for low, _ in as_channels(self.window))
+
+    def displayed(self, voxels: Shaped[np.ndarray, "*axes"], limits: Any) -> Float[np.ndarray, "*axes"]:
+        """Raw voxels of a volume in [0, 1], in the first window. `limits`: those of the volume, if it has its own."""
+        low, high = map(float, limits) if self.window is None else as_channels(self.window)[0]
+        return np.clip((np.asarray(voxels, np.float32) - low) / (high - low), 0, 1)
 
     def of_source(self, source: int | None) -> ImageShape:
         """With the window of one store of a mix."""

@@ -166,7 +166,12 @@ def _only_texts(spec: InputSpec, texts: dict[str, TextPart]) -> Batch:
     n = len(next(iter(texts.values())).present)
     absent = jnp.zeros(n, bool)
     images = {
-        role: ImagePart(jnp.zeros((n, *image.size, image.channels)), jnp.ones((n, 3)), absent)
+        role: ImagePart(
+            jnp.zeros((n, *image.raw, image.raw_channels)),
+            jnp.ones((n, 3)),
+            absent,
+            image.normalise and jnp.zeros((n, 2)),
+        )
         for role, image in spec.images.items()
     }
     numbers, categories = (n, len(spec.numbers)), (n, len(spec.categories))

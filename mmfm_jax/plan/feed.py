@@ -123,7 +123,7 @@ def _assumed(image: ImageShape, dtype: str) -> tuple[tuple[Layout, ...], float]:
     flat = image.raw[0] == 1
     z, y, x = (max(a, b) for a, b in zip(ASSUMED_VOLUME, image.raw))
     shape = image.raw if flat else (z, y, x)
-    spec = ImageSpec(dtype=dtype, shape=shape if flat else None, channels=image.channels)
+    spec = ImageSpec(dtype=dtype, shape=shape if flat else None, channels=image.raw_channels)
     return (written(spec, shape),), ASSUMED_RATIO
 
 

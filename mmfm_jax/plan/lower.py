@@ -84,8 +84,9 @@ def assumed_spec(experiment: Experiment) -> InputSpec:
             role: ImageShape(
                 size=image.size,
                 patch=image.patch,
-                channels=1,
+                channels=max(1, len(image.windows)),
                 window=image.window,
+                normalise=image.own_window,
                 pack=image.pack and PackedShape(studies=image.pack.studies, tokens=image.pack.tokens),
             )
             for role, image in experiment.inputs.images.items()
@@ -122,20 +123,24 @@ def batch_shapes(spec: InputSpec, labels: tuple[str, ...], studies: int, voxels:
     def dtype(role: str) -> str:
         return (voxels or {}).get(role, VOXELS)
 
+    def limits(of: ImageShape) -> Any:
+        return None if of.normalise is None else shape("float32", 2)
+
     def packed(role: str, of: ImageShape, pack: PackedShape) -> PackedPart:
         rows = studies // pack.studies
         return PackedPart(
-            shape(dtype(role), pack.tokens, math.prod(of.patch) * of.channels, rows=rows),
+            shape(dtype(role), pack.tokens, math.prod(of.patch) * of.raw_channels, rows=rows),
             shape("float32", pack.tokens, 3, rows=rows),
             shape("int32", pack.tokens, rows=rows),
             shape(bool),
+            limits(of),
         )
 
     numbers, categories = len(spec.numbers), len(spec.categories)
     return Batch(
         study=shape("int32"),
         images={
-            role: ImagePart(shape(dtype(role), *of.raw, of.channels), shape("float32", 3), shape(bool))
+            role: ImagePart(shape(dtype(role), *of.raw, of.raw_channels), shape("float32", 3), shape(bool), limits(of))
             for role, of in spec.images.items()
             if of.pack is None
         },

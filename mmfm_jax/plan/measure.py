@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from mmfm_jax.config.inputs import as_channels
 from mmfm_jax.data.batch import Batch, ImagePart, InputSpec, LabelPart, PackedPart, TablePart, TextPart
 from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel import sharding
@@ -91,21 +92,27 @@ def measure(experiment: Experiment, spec: InputSpec, voxels: dict[str, str] | No
     )
 
 
+NOISE = (0.0, 100.0)  # limits of a volume that has its own; any dtype of voxels holds them
+
+
 def random_batch(spec: InputSpec, labels: tuple[str, ...], studies: int, voxels: dict[str, str] | None = None) -> Batch:
     """Raw studies of noise, every part present and texts of full length."""
     rng = np.random.default_rng(0)
     shapes, whole = lower.batch_shapes(spec, labels, studies, voxels), np.ones(studies, bool)
 
     def voxels_like(role: str, raw) -> np.ndarray:
-        low, high = spec.images[role].window
+        low, high = as_channels(spec.images[role].window or NOISE)[0]  # the first of several
         return rng.integers(round(low), max(round(high), round(low) + 1), raw.shape).astype(raw.dtype)
+
+    def limits(role: str) -> np.ndarray | None:
+        return None if spec.images[role].normalise is None else np.tile(np.array(NOISE, np.float32), (studies, 1))
 
     def packed(role: str, part: PackedPart) -> PackedPart:
         """Its tokens shared out evenly, none left over."""
         rows, tokens = part.patches.shape[:2]
         segment = np.tile(1 + np.arange(tokens, dtype=np.int32) * part.studies // tokens, (rows, 1))
         centres_mm = rng.normal(0, 50, (rows, tokens, 3)).astype(np.float32)
-        return PackedPart(voxels_like(role, part.patches), centres_mm, segment, whole)
+        return PackedPart(voxels_like(role, part.patches), centres_mm, segment, whole, limits(role))
 
     def drawn(below: int, shape: tuple[int, ...]) -> np.ndarray:
         return rng.integers(below, size=shape, dtype=np.int32)
@@ -114,7 +121,7 @@ def random_batch(spec: InputSpec, labels: tuple[str, ...], studies: int, voxels:
     return Batch(
         study=np.arange(studies, dtype=np.int32),
         images={
-            role: ImagePart(voxels_like(role, part.voxels), np.ones((studies, 3), np.float32), whole)
+            role: ImagePart(voxels_like(role, part.voxels), np.ones((studies, 3), np.float32), whole, limits(role))
             for role, part in shapes.images.items()
         },
         texts={

@@ -67,6 +67,11 @@ class TaskConfig(Config):
     def needs(self) -> Needs:
         return Needs()
 
+    @property
+    def aligns_text(self) -> bool:
+        """Whether what a text says, of sides too, is learned as true of the image that it comes with."""
+        return False
+
     def stacks(self) -> dict[str, TransformerConfig]:
         """The task's own transformers, by the field that sizes them."""
         return {}

@@ -32,6 +32,10 @@ class CaptionConfig(TaskConfig):
     tied: bool = False
     """A token is predicted by the vector that also embeds it."""
 
+    @property
+    def aligns_text(self) -> bool:
+        return True
+
     def needs(self) -> Needs:
         return Needs(texts={"field": self.field})
 

@@ -79,6 +79,10 @@ class ContrastiveConfig(TaskConfig):
             raise ValueError("zero_shot compares images with prompts; set between: [image, text]")
         return self
 
+    @property
+    def aligns_text(self) -> bool:
+        return "text" in self.between and "image" in self.between
+
     def needs(self) -> Needs:
         return Needs(modalities={"between": self.between})
 

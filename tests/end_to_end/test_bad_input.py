@@ -60,11 +60,17 @@ def changed(config, tmp_path):
         (
             {
                 "mesh": {"sequence": 4},
-                "data.augment": {"flip": 0.5},
+                "data.augment": {"flip": 0.5, "flip_with_text": True},
                 "inputs.images.ct.pack": {"studies": 2, "tokens": 10},
             },
             "inputs.images.ct.pack.tokens: 10 and 4 registers do not divide over mesh.sequence 4; make it 12",
         ),
+        (
+            {"data.augment": {"flip": 0.5}},
+            "data.augment.flip: a mirror image swaps left and right, which texts of tasks.image_text may name; "
+            "set flip to 0, or flip_with_text: true if no text does",
+        ),
+        ({"inputs.images.ct.normalise": "zscore"}, "inputs.images.ct: an image has either a window"),
         ({"inputs.columns": ["age", "weight"]}, "weight"),
         ({"tasks.disease.label": "grade"}, "tasks.disease.label"),
         ({"data.vocabulary_size": 9}, "data.vocabulary_size 9"),

@@ -25,6 +25,7 @@ class Strength:
     """How strongly the studies of a batch are augmented: a number for all, or [batch, 1] where their stores differ."""
 
     flip: Any
+    """Likewise, or the chances along z y x: a tuple for all, or [batch, 3]."""
     shift_mm: Any
     rotate_degrees: Any
     intensity: Any
@@ -37,21 +38,27 @@ class Strength:
             values = [getattr(config, name) for config in configs]
             if source is None or len(set(values)) == 1:
                 return values[0]
-            return jnp.asarray(values, jnp.float32)[source][:, None]
+            each_axis = [np.broadcast_to(value, 3 if name == "flip" else 1) for value in values]
+            return jnp.asarray(np.stack(each_axis), jnp.float32)[source]
 
         return cls(each("flip"), each("shift_mm"), each("rotate_degrees"), each("intensity"))
 
 
 def _some(strength: Any) -> bool:
     """Whether anything is to be done, as far as is known when the step is traced."""
-    return not isinstance(strength, (int, float)) or strength > 0
+    return isinstance(strength, jax.Array) or bool(np.any(strength))
+
+
+def _mirrored(flip: Any, studies: int, rng: PRNGKeyArray) -> Bool[jax.Array, "batch 3"]:
+    """Along which of z y x each study is mirrored; never along one whose chance is 0."""
+    return jax.random.bernoulli(rng, jnp.asarray(flip, jnp.float32), (studies, 3))
 
 
 def augment_images(part: ImagePart, config: Augment | Strength, rng: PRNGKeyArray) -> ImagePart:
     """Each present volume mirrored, moved, turned and given another contrast and brightness, all at random."""
     flip_rng, shift_rng, angle_rng, contrast_rng, brightness_rng = jax.random.split(rng, 5)
     voxels, studies = part.voxels, len(part.present)
-    mirror = jax.random.bernoulli(flip_rng, config.flip, (studies, 3))
+    mirror = _mirrored(config.flip, studies, flip_rng)
     if _some(config.shift_mm) or _some(config.rotate_degrees):
         shift_mm = jax.random.uniform(shift_rng, (studies, 3), minval=-1) * config.shift_mm
         angles = jax.random.uniform(angle_rng, (studies, 3), minval=-1) * (config.rotate_degrees * (np.pi / 180))
@@ -75,7 +82,7 @@ def augment_packed(part: PackedPart, shape: ImageShape, config: Augment | Streng
     flip_rng, _, _, contrast_rng, brightness_rng = jax.random.split(rng, 5)
     patches, centres_mm, studies = part.patches, part.centres_mm, len(part.present)
     if _some(config.flip):
-        mirror = part.by_token(jax.random.bernoulli(flip_rng, config.flip, (studies, 3)))
+        mirror = part.by_token(_mirrored(config.flip, studies, flip_rng))
         cut = jnp.asarray(patches).reshape(-1, *shape.patch, shape.channels)
         patches = flip(cut, mirror.reshape(-1, 3)).reshape(patches.shape)
         centres_mm = jnp.where(mirror, -centres_mm, centres_mm)

@@ -16,6 +16,7 @@ from mmfm_jax.config.inputs import ImageInput, Inputs
 from mmfm_jax.data.feed import packing, resample
 from mmfm_jax.data.feed.damage import Damage
 from mmfm_jax.data.feed.foreground import centre, check
+from mmfm_jax.data.feed.intensity import own_limits
 from mmfm_jax.data.feed.tokenizer import Tokenizer
 from mmfm_jax.data.parts import (
     PAD,
@@ -32,6 +33,7 @@ from mmfm_jax.data.parts import (
 )
 from mmfm_jax.data.store.studies import Studies
 from mmfm_jax.data.store.study_store import DamagedImage, Wanted
+from mmfm_jax.errors import UserError
 
 ABSENT = -1  # in the place of a study's row
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -44,6 +46,8 @@ class Box:
     start: tuple[int, int, int]
     size: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
+    limits: tuple[float, float] | None
+    """Raw values of the whole volume that map to 0 and 1; None where the window is the role's."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,11 @@ class Samples:
             for image in store.image_inputs(role, inputs.images[role]):
                 if image.foreground:
                     check(image.foreground, store, role)
+            if spec.images[role].normalise is not None and (url := store.without_intensities(role)):
+                raise UserError(
+                    f"inputs.images.{role}.normalise: {url} holds no samples of the intensities of {role}, as it was "
+                    "written by an earlier release; build it anew, or give a window in place of normalise"
+                )
         self.packed = {role: shape.pack for role, shape in spec.images.items() if shape.pack is not None}
         """How training packs images, by role."""
         self._codes: dict[str, dict[Any, int]] = {
@@ -165,9 +174,10 @@ class Samples:
 
         images = {
             role: ImagePart(
-                some(*shape.raw, shape.channels, dtype=self._dtype(role)),
+                some(*shape.raw, shape.raw_channels, dtype=self._dtype(role)),
                 some(3, dtype=np.float32),
                 some(dtype=bool),
+                None if shape.normalise is None else some(2, dtype=np.float32),
             )
             for role, shape in spec.images.items()
             if role not in self.packed
@@ -187,8 +197,11 @@ class Samples:
             ),
             labels={name: LabelPart(some(dtype=np.int32), some(dtype=bool)) for name in self.labels},
             packed={
-                role: packing.room(studies, pack, spec.images[role].voxels_of_patch, self._dtype(role), allocate)
+                role: packing.room(
+                    studies, pack, shape.raw_voxels_of_patch, shape.normalise is not None, self._dtype(role), allocate
+                )
                 for role, pack in packed.items()
+                if (shape := spec.images[role])
             },
             source=some(dtype=np.int32) if self.store.mixed else None,
         )
@@ -248,17 +261,19 @@ class Samples:
             size = cast(tuple[int, int, int], tuple(map(min, needed, shape.read)))
         start = [(h - s) // 2 for h, s in zip(held, size)]  # negative where the crop is larger: padded on both sides
         image = self._input(role, row)
-        if rng is not None and image.crop == "random":
-            try:
-                on = image.foreground and centre(image.foreground, self.store, role, row, rng)
-            except DamagedImage as error:
-                self.damage.leave_out(role, row, error)
-                return None
+        moved = image.crop == "random"
+        try:
+            limits = shape.normalise and own_limits(self.store.intensities(role, row), shape.normalise)
+            on = centre(image.foreground, self.store, role, row, rng) if rng and moved and image.foreground else None
+        except DamagedImage as error:
+            self.damage.leave_out(role, row, error)
+            return None
+        if rng is not None and moved:
             for axis, (h, s) in enumerate(zip(held, size)):
                 if h > s:
                     start[axis] = int(rng.integers(h - s + 1) if on is None else np.clip(on[axis] - s // 2, 0, h - s))
         z, y, x = start
-        return Box((z, y, x), size, spacing_mm)
+        return Box((z, y, x), size, spacing_mm, limits)
 
     def _begin_images(
         self, role: str, drawn: Sequence[Drawn], part: ImagePart, first: int
@@ -270,6 +285,8 @@ class Samples:
             box = study.boxes.get(role)
             part.present[at] = box is not None
             part.spacing_mm[at] = box.spacing_mm if box else 0
+            if part.limits is not None:
+                part.limits[at] = box.limits if box else 0
             if box is None:
                 voxels[at] = 0
             else:
@@ -318,7 +335,7 @@ class Samples:
 
     def _begin_image(self, role: str, row: int, box: Box, out: np.ndarray) -> Callable[[], None]:
         """Begins to read the voxels of a box into `out`; returns what waits for them."""
-        fill = self._fill(role, row)
+        fill = self._fill(role, row, box)
         if box.size != out.shape[:3]:  # in the middle, of one parity with it
             out[...] = fill
             out = out[tuple(slice((room - n) // 2, (room + n) // 2) for room, n in zip(out.shape, box.size))]
@@ -334,9 +351,9 @@ class Samples:
         if box is None or config is None:
             return nothing
         shape = self._shape(role, study.row)
-        voxels = np.empty((*box.size, shape.channels), self._dtype(role))
+        voxels = np.empty((*box.size, shape.raw_channels), self._dtype(role))
         try:
-            wait = self.store.begin_crop(voxels, role, study.row, box.start, fill=self._fill(role, study.row))
+            wait = self.store.begin_crop(voxels, role, study.row, box.start, fill=self._fill(role, study.row, box))
         except DamagedImage as error:
             self.damage.leave_out(role, study.row, error)
             return nothing
@@ -347,13 +364,13 @@ class Samples:
             except DamagedImage as error:
                 self.damage.leave_out(role, study.row, error)
                 return nothing()
-            return packing.cut(voxels, box.spacing_mm, shape, config.trim)
+            return packing.cut(voxels, box.spacing_mm, shape, config.trim, box.limits)
 
         return patches
 
-    def _fill(self, role: str, row: int) -> float:
-        """Raw value of padding: the one nearest to the low end of the window, so it is 0 once windowed."""
-        return _nearest(self._shape(role, row).window[0], self._dtype(role))
+    def _fill(self, role: str, row: int, box: Box) -> float:
+        """Raw value of padding: at the lowest end of a window, so it is 0 once windowed, as far as the dtype goes."""
+        return _below(self._shape(role, row).low(box.limits), self._dtype(role))
 
     def _texts(self, texts: Sequence[tuple[str, str] | None], part: TextPart) -> None:
         held = {i: text for i, text in enumerate(texts) if text}
@@ -380,11 +397,11 @@ def _nothing() -> None:
 
 
 @functools.cache
-def _nearest(value: float, dtype: str) -> float:
-    """The value of a dtype that is nearest to `value`."""
+def _below(value: float, dtype: str) -> float:
+    """The largest value of a dtype that is not above `value`; the least of all where there is none."""
     if np.dtype(dtype).kind not in "iu":
         return value
-    return min(max(round(value), np.iinfo(dtype).min), np.iinfo(dtype).max)
+    return min(max(math.floor(value), np.iinfo(dtype).min), np.iinfo(dtype).max)
 
 
 def digest(text: str) -> np.ndarray:

@@ -26,9 +26,16 @@ def extent(held: Sequence[int], shape: ImageShape) -> tuple[int, int, int]:
 
 
 def cut(
-    voxels: Shaped[np.ndarray, "z y x channel"], spacing_mm: Sequence[float], shape: ImageShape, trim: bool
+    voxels: Shaped[np.ndarray, "z y x channel"],
+    spacing_mm: Sequence[float],
+    shape: ImageShape,
+    trim: bool,
+    limits: tuple[float, float] | None = None,
 ) -> PackedPart:
-    """One crop as a grid of patches, its arrays [z, y, x, ...] over patches; with `trim` without empty borders."""
+    """One crop as a grid of patches, its arrays [z, y, x, ...] over patches; with `trim` without empty borders.
+
+    `limits`: raw values that map to 0 and 1 of a volume that has its own.
+    """
     p, q, r = shape.patch
     patches = rearrange(voxels, "(z p) (y q) (x r) c -> z y x (p q r c)", p=p, q=q, r=r)
     index = np.stack(np.meshgrid(*map(np.arange, patches.shape[:3]), indexing="ij"), axis=-1)
@@ -38,17 +45,19 @@ def cut(
         (centres * np.asarray(spacing_mm)).astype(np.float32),
         np.ones(patches.shape[:3], np.int32),
         np.asarray(True),
+        None if limits is None else np.array(limits, np.float32),
     )
-    return _boxed(whole, _filled(np.any(patches > shape.window[0], axis=-1))) if trim else whole
+    return _boxed(whole, _filled(np.any(patches > shape.low(limits), axis=-1))) if trim else whole
 
 
 def nothing(shape: ImageShape, dtype: str) -> PackedPart:
     """The grid of an image that is not there: of no patch."""
     return PackedPart(
-        np.zeros((0, 0, 0, shape.voxels_of_patch), dtype),
+        np.zeros((0, 0, 0, shape.raw_voxels_of_patch), dtype),
         np.zeros((0, 0, 0, 3), np.float32),
         np.zeros((0, 0, 0), np.int32),
         np.asarray(False),
+        None if shape.normalise is None else np.zeros(2, np.float32),
     )
 
 
@@ -66,14 +75,20 @@ def fit(grids: Sequence[Grid], tokens: int) -> list[Grid]:
     return grids
 
 
-def room(studies: int, pack: PackedShape, voxels: int, dtype: np.typing.DTypeLike, allocate: Callable) -> PackedPart:
-    """For so many studies of patches of `voxels`, arrays of `allocate(shape, dtype)`; what stands there is not set."""
+def room(
+    studies: int, pack: PackedShape, voxels: int, limited: bool, dtype: np.typing.DTypeLike, allocate: Callable
+) -> PackedPart:
+    """For so many studies of patches of `voxels`, arrays of `allocate(shape, dtype)`; what stands there is not set.
+
+    `limited`: whether volumes have windows of their own.
+    """
     rows = studies // pack.studies
     return PackedPart(
         allocate((rows, pack.tokens, voxels), dtype),
         allocate((rows, pack.tokens, 3), np.float32),
         allocate((rows, pack.tokens), np.int32),
         allocate((studies,), bool),
+        allocate((studies, 2), np.float32) if limited else None,
     )
 
 
@@ -84,9 +99,11 @@ def pack(parts: Sequence[PackedPart], studies: int, tokens: int, out: PackedPart
     """
     first = np.asarray(parts[0].patches)
     shape = PackedShape(studies=studies, tokens=tokens)
-    out = out or room(len(parts), shape, first.shape[-1], first.dtype, np.empty)
+    out = out or room(len(parts), shape, first.shape[-1], parts[0].limits is not None, first.dtype, np.empty)
     assert out.segment is not None
     out.present[:] = [bool(part.present) for part in parts]
+    if out.limits is not None:
+        out.limits[:] = [part.limits for part in parts]
     for i, row in enumerate(zip(out.patches, out.centres_mm, out.segment)):
         _row(parts[i * studies : (i + 1) * studies], *row)
     return out
@@ -112,7 +129,7 @@ def _row(parts: Sequence[PackedPart], patches: np.ndarray, centres: np.ndarray, 
 
 def _boxed(part: PackedPart, box: tuple[slice, ...]) -> PackedPart:
     assert part.segment is not None
-    return PackedPart(part.patches[box], part.centres_mm[box], part.segment[box], part.present)
+    return PackedPart(part.patches[box], part.centres_mm[box], part.segment[box], part.present, part.limits)
 
 
 def _filled(full: Any) -> tuple[slice, ...]:

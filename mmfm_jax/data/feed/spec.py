@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mmfm_jax.config.inputs import ImageInput, Inputs
+from mmfm_jax.config.inputs import ImageInput, Inputs, Window
 from mmfm_jax.data.feed import resample
 from mmfm_jax.data.feed.tokenizer import Tokenizer
 from mmfm_jax.data.parts import ImageShape, InputSpec, NumberStats, PackedShape
@@ -19,7 +19,7 @@ def make_spec(
     schema: Schema,
     stats: Stats,
     tokenizer: Tokenizer,
-    windows: Mapping[str, tuple[tuple[float, float], ...]] | None = None,
+    windows: Mapping[str, tuple[Window | tuple[Window, ...], ...]] | None = None,
 ) -> InputSpec:
     """What a model for `inputs` is built for. Raises UserError that names an input which the store lacks.
 
@@ -35,8 +35,9 @@ def make_spec(
             role: ImageShape(
                 size=image.size,
                 patch=image.patch,
-                channels=schema.images[role].channels,
+                channels=_channels(role, image, schema.images[role].channels),
                 window=image.window,
+                normalise=image.own_window,
                 windows=(windows or {}).get(role, ()),
                 spacing_mm=image.spacing_mm,
                 read=image.spacing_mm and _raw_extent(role, image, stats),
@@ -57,6 +58,18 @@ def make_spec(
         labels={name: label.classes for name, label in schema.labels.items()},
         label_texts={name: label.from_text for name, label in schema.labels.items() if label.from_text},
     )
+
+
+def _channels(role: str, image: ImageInput, held: int) -> int:
+    """Of the model's voxels. Raises UserError where one window would be of several channels."""
+    if image.windows:
+        return held * len(image.windows)
+    if held > 1:
+        raise UserError(
+            f"inputs.images.{role}.normalise: images of {role} have {held} channels, and the store samples intensities "
+            "of the largest alone; give a window, or store each channel as a role of its own"
+        )
+    return held
 
 
 def _raw_extent(role: str, image: ImageInput, stats: Stats) -> tuple[int, int, int]:

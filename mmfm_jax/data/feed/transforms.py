@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray
 
 from mmfm_jax.config.data import Augment
+from mmfm_jax.config.inputs import as_channels
 from mmfm_jax.data.batch import (
     PAD,
     Array,
@@ -72,18 +72,31 @@ def _table(table: TablePart, spec: InputSpec) -> TablePart:
     return replace(table, numbers=(numbers - mean) / sd, categories=jnp.clip(categories, 0, last))
 
 
-def _limits(shape: ImageShape, source: Array | None) -> tuple[Any, Any]:
-    """Low and high end of the window: one for all, or [batch] where stores differ."""
-    if not shape.windows or source is None:
-        return shape.window
-    low, high = jnp.asarray(shape.windows, jnp.float32)[source].T
-    return low, high
+def _limits(part: ImagePart | PackedPart, shape: ImageShape, source: Array | None) -> Float[Array, "study window 2"]:
+    """Ends of the windows of each study; of one study where all have the same."""
+    if shape.window is None:
+        # Nothing divides by what stands there for an absent volume.
+        limits = jnp.where(part.present[:, None], jnp.asarray(part.limits), jnp.asarray([0.0, 1.0]))
+        return limits[:, None]
+    if shape.windows and source is not None:
+        return jnp.asarray([as_channels(windows) for windows in shape.windows], jnp.float32)[source]
+    return np.asarray([as_channels(shape.window)], np.float32)
+
+
+def _windows(voxels: Array, limits: Array) -> tuple[jax.Array, Array, Array]:
+    """Voxels [..., channel] in float32, each once for every window [..., channel * window], and the windows' low and
+    high ends, which broadcast against them."""
+    voxels, windows = jnp.asarray(voxels, jnp.float32), limits.shape[-2]
+    if windows > 1:
+        limits = jnp.tile(limits, (voxels.shape[-1], 1))
+        voxels = jnp.repeat(voxels, windows, axis=-1)
+    return voxels, limits[..., 0], limits[..., 1]
 
 
 def _window(part: ImagePart, shape: ImageShape, source: Array | None) -> ImagePart:
-    """Voxels in float32 with the window mapped to [0, 1]; zeros where absent."""
-    low, high = (x if isinstance(x, float) else per_voxel(x) for x in _limits(shape, source))
-    voxels = jnp.where(per_voxel(part.present), jnp.asarray(part.voxels, jnp.float32), low)
+    """Voxels in float32 with the windows mapped to [0, 1]; zeros where absent."""
+    voxels, low, high = _windows(part.voxels, _limits(part, shape, source)[:, None, None, None])
+    voxels = jnp.where(per_voxel(part.present), voxels, low)
     spacing_mm = jnp.where(part.present[:, None], part.spacing_mm, 0)
     windowed = (voxels - low) / (high - low)
     if shape.spacing_mm is not None:  # before values are clipped, as resampling the raw ones would be
@@ -100,9 +113,9 @@ def _window_packed(part: PackedPart, shape: ImageShape, source: Array | None) ->
     A voxel that is NaN counts as the low end of the window: tokens of one row share products of matrices, where NaN
     times a weight of zero is NaN, so one study's would reach its neighbours.
     """
-    low, high = (x if isinstance(x, float) else part.by_token(x)[..., None] for x in _limits(shape, source))
+    limits = _limits(part, shape, source)
+    voxels, low, high = _windows(part.patches, limits[:, None] if len(limits) == 1 else part.by_token(limits))
     valid = part.valid
-    voxels = jnp.asarray(part.patches, jnp.float32)
     voxels = jnp.where(valid[..., None] & ~jnp.isnan(voxels), voxels, low)
     centres_mm = jnp.where(valid[..., None], part.centres_mm, 0)
     segment = None if part.segment is None else jnp.where(valid, part.segment, 0)

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmfm_jax.config.data import DataConfig, MixedStore, changed_image
-from mmfm_jax.config.inputs import ImageInput
+from mmfm_jax.config.inputs import ImageInput, Window
 from mmfm_jax.data.store.stats import CategoryColumn, ImageRole, MaskVoxels, NumberColumn, Stats, TextField
 from mmfm_jax.data.store.studies import Studies
 from mmfm_jax.data.store.study_store import StudyStore
@@ -113,10 +113,14 @@ class StoreMix(Studies):
         held = [c for c, store in zip(self.config, self.stores) if role in store.schema.images]
         return [changed_image(image, config.images.get(role)) for config in held]
 
-    def windows(self, images: Mapping[str, ImageInput]) -> dict[str, tuple[tuple[float, float], ...]]:
+    def windows(self, images: Mapping[str, ImageInput]) -> dict[str, tuple[Window | tuple[Window, ...], ...]]:
         """By role, the window of each store, of roles where they differ."""
         found = {
-            role: tuple(changed_image(image, config.images.get(role)).window for config in self.config)
+            role: tuple(
+                window
+                for config in self.config
+                if (window := changed_image(image, config.images.get(role)).window) is not None
+            )
             for role, image in images.items()
         }
         return {role: windows for role, windows in found.items() if len(set(windows)) > 1}

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import tensorstore as ts
 
-from mmfm_jax.config.inputs import ImageInput
+from mmfm_jax.config.inputs import ImageInput, Window
 from mmfm_jax.data.store.stats import Stats
 from mmfm_jax.data.study import Schema
 
@@ -104,6 +104,10 @@ class Studies(Protocol):
         store, own = self.locate(row)
         return store.foreground(role, own, above)
 
+    def intensities(self, role: str, row: int) -> np.ndarray:
+        store, own = self.locate(row)
+        return store.intensities(role, own)
+
     def mask_voxels(self, name: str, row: int) -> np.ndarray | None:
         store, own = self.locate(row)
         return store.mask_voxels(name, own) if name in store.schema.masks else None
@@ -119,7 +123,7 @@ class Studies(Protocol):
     # ------------------------------------------------------------ how images enter
 
     def without_intensities(self, role: str) -> str | None:
-        """The URL of a store that was written without what `foreground` reads."""
+        """The URL of a store that was written without samples of the role's intensities."""
         ...
 
     def image_input(self, role: str, image: ImageInput, row: int) -> ImageInput:
@@ -130,6 +134,6 @@ class Studies(Protocol):
         """Likewise, of every store that has the role."""
         ...
 
-    def windows(self, images: Mapping[str, ImageInput]) -> dict[str, tuple[tuple[float, float], ...]]:
+    def windows(self, images: Mapping[str, ImageInput]) -> dict[str, tuple[Window | tuple[Window, ...], ...]]:
         """By role, the window of each store, of roles where they differ."""
         ...

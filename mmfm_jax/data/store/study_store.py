@@ -12,7 +12,7 @@ import pyarrow as pa
 import tensorstore as ts
 from pydantic import ValidationError
 
-from mmfm_jax.config.inputs import ImageInput
+from mmfm_jax.config.inputs import ImageInput, Window
 from mmfm_jax.data.split import share_of
 from mmfm_jax.data.store.arrays import checksum_under
 from mmfm_jax.data.store.foreground import places
@@ -405,10 +405,17 @@ class StudyStore(Studies):
             return np.zeros((0, 3), np.int64)
         limit = threshold if above is None else above
         assert limit is not None  # `foreground.check` was asked first
-        return places(info[0])[self._read(f"intensities/{role}", (row,), row) > limit]
+        return places(info[0])[self.intensities(role, row) > limit]
+
+    def intensities(self, role: str, row: int) -> np.ndarray:
+        """Those at `foreground.places` of an image that the study has, in its dtype: the largest channel at each.
+
+        One chunk of some kilobytes is read. Raises UserError when it is missing, cut short or corrupt.
+        """
+        return self._read(f"intensities/{role}", (row,), row)
 
     def without_intensities(self, role: str) -> str | None:
-        """The URL of the store when it was written without what `foreground` reads."""
+        """The URL of the store when it was written without samples of the role's intensities."""
         return None if f"intensities/{role}/zarr.json" in self.file.files else self.url
 
     def sources(self, split: str) -> list[tuple[float, np.ndarray]]:
@@ -428,7 +435,7 @@ class StudyStore(Studies):
         """How images of a role enter the model: in one way here, in one for each store of a mix."""
         return [image]
 
-    def windows(self, images: Mapping[str, ImageInput]) -> dict[str, tuple[tuple[float, float], ...]]:
+    def windows(self, images: Mapping[str, ImageInput]) -> dict[str, tuple[Window | tuple[Window, ...], ...]]:
         """Windows of one store do not differ; those of a mix may."""
         return {}
 

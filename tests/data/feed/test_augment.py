@@ -1,18 +1,22 @@
 """Mirroring, moving and intensities against scipy, numpy and what must hold of them."""
 
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.ndimage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mmfm_jax.config.data import Augment
-from mmfm_jax.data.batch import ImagePart
-from mmfm_jax.data.feed.augment import augment_images, flip, move
+from mmfm_jax.data.batch import ImagePart, ImageShape
+from mmfm_jax.data.feed.augment import Strength, augment_images, augment_packed, flip, move
+from mmfm_jax.errors import UserError
+from mmfm_jax.model.vision import as_patches
 
 move_jit = jax.jit(move)
 volumes = st.sampled_from([(4, 5, 6), (1, 6, 5), (3, 1, 4), (2, 2, 1), (1, 1, 1)]).flatmap(
@@ -154,3 +158,102 @@ def test_an_absent_volume_makes_no_nan_on_the_way():
     with jax.debug_nans(True):
         out = augment_images(part, Augment(shift_mm=1), jax.random.key(0))
     assert not np.asarray(out.voxels[1]).any()
+
+
+# ---------------------------------------------------------------- mirror images by axis
+
+
+def mirrors_of(voxels: np.ndarray, made: np.ndarray) -> list[tuple[bool, ...]]:
+    """By study, along which of z y x `made` is mirrored: tried one after another, with numpy."""
+    choices = list(itertools.product([False, True], repeat=3))
+    found = []
+    for study, image in zip(voxels, made, strict=True):
+        flipped = [np.flip(study, tuple(np.flatnonzero(choice).tolist())) for choice in choices]
+        (which,) = [i for i, tried in enumerate(flipped) if np.abs(tried - image).max() < 1e-5]
+        found.append(choices[which])
+    return found
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["alone", "with shifts"])
+@settings(max_examples=15, deadline=None)
+@given(chances=st.tuples(*[st.sampled_from([0.0, 0.0, 0.3, 0.6])] * 3), seed=st.integers(0, 2**31))
+def test_images_are_mirrored_along_the_axes_asked_for_and_no_other(chances, moved, seed):
+    voxels = np.random.default_rng(seed).random((64, 3, 4, 5, 1), np.float32)
+    part = ImagePart(jnp.asarray(voxels), jnp.ones((64, 3)), jnp.ones(64, bool))
+    config = Augment(flip=chances, shift_mm=1e-6 if moved else 0.0)
+    marked = np.array(mirrors_of(voxels, np.asarray(augment_images(part, config, jax.random.key(seed)).voxels)))
+    for axis, chance in enumerate(chances):
+        assert not marked[:, axis].any() if chance == 0 else abs(marked[:, axis].mean() - chance) < 0.31  # 5 sd
+
+
+@settings(max_examples=10, deadline=None)
+@given(chances=st.tuples(*[st.sampled_from([0.0, 0.5])] * 3), seed=st.integers(0, 2**31))
+def test_packed_images_are_mirrored_as_whole_ones_are(chances, seed):
+    shape = ImageShape(size=(4, 6, 8), patch=(2, 3, 4), channels=1, window=(0, 1))
+    voxels = np.random.default_rng(seed).random((16, *shape.size, 1), np.float32)
+    part = ImagePart(jnp.asarray(voxels), jnp.ones((16, 3)), jnp.ones(16, bool))
+    config, key = Augment(flip=chances), jax.random.key(seed)
+    packed = augment_packed(as_patches(part, shape), shape, config, key)
+    made = np.zeros_like(voxels)
+    for study, tokens, centres in zip(made, np.asarray(packed.patches), np.asarray(packed.centres_mm), strict=True):
+        for token, centre in zip(tokens, centres, strict=True):
+            corner = np.round(centre + np.array(shape.size) / 2 - np.array(shape.patch) / 2).astype(int)
+            study[tuple(slice(a, a + p) for a, p in zip(corner, shape.patch))] = token.reshape(*shape.patch, 1)
+    np.testing.assert_array_equal(made, augment_images(part, config, key).voxels)
+
+
+def test_one_chance_is_that_of_each_axis_and_nothing_is_mirrored_unless_it_is_asked_for():
+    voxels = np.random.default_rng(0).random((32, 3, 4, 5, 1), np.float32)
+    part, key = ImagePart(jnp.asarray(voxels), jnp.ones((32, 3)), jnp.ones(32, bool)), jax.random.key(1)
+    one, three = (augment_images(part, Augment(flip=flip), key).voxels for flip in (0.5, (0.5, 0.5, 0.5)))
+    np.testing.assert_array_equal(one, three)
+    np.testing.assert_array_equal(augment_images(part, Augment(), key).voxels, voxels)
+
+
+def test_each_store_of_a_mix_has_mirror_images_along_its_own_axes():
+    voxels, source = np.random.default_rng(0).random((96, 3, 4, 5, 1), np.float32), np.arange(96) % 3
+    part = ImagePart(jnp.asarray(voxels), jnp.ones((96, 3)), jnp.ones(96, bool))
+    strength = Strength.of((Augment(), Augment(flip=(0.0, 0.5, 0.0)), Augment(flip=0.5)), source)
+    marked = np.array(mirrors_of(voxels, np.asarray(augment_images(part, strength, jax.random.key(2)).voxels)))
+    seen = [marked[source == i].any(axis=0).tolist() for i in range(3)]
+    assert seen == [[False] * 3, [False, True, False], [True] * 3]
+
+
+MIRRORED = {"flip": [0, 0, 0.5]}
+CAPTION = {"kind": "caption", "field": "report", "decoder": {"width": 16, "depth": 1, "heads": 2}}
+OF_TABLE = {"kind": "contrastive", "between": ["image", "table"], "width": 16}
+OF_TEXT = {"kind": "contrastive", "between": ["text", "image"], "width": 16}
+LABEL = {"kind": "classification", "label": "disease"}
+
+
+@pytest.mark.parametrize(
+    ("flip", "swapped"),
+    [
+        (0.5, "left and right"),
+        ([0, 0, 0.01], "left and right"),
+        ([0, 0.5, 0], "front and back"),
+        ([0.5, 0, 0], "head and foot"),
+    ],
+)
+@pytest.mark.parametrize("task", [OF_TEXT, CAPTION], ids=["contrastive", "caption"])
+def test_what_a_text_may_name_is_not_mirrored(make_experiment, task, flip, swapped):
+    changes = {"data.augment": {"flip": flip}, "tasks": {"label": LABEL, "words": task}}
+    with pytest.raises(UserError) as error:
+        make_experiment(changes)
+    assert str(error.value) == (
+        f"the test: data.augment.flip: a mirror image swaps {swapped}, which texts of tasks.words may name; "
+        "set flip to 0, or flip_with_text: true if no text does"
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data.augment": MIRRORED, "tasks": {"label": LABEL, "table": OF_TABLE}},
+        {"data.augment": MIRRORED | {"flip_with_text": True}, "tasks": {"words": OF_TEXT}},
+        {"data.augment": {}, "tasks": {"words": OF_TEXT, "caption": CAPTION}},
+    ],
+    ids=["no text", "said to name none", "not mirrored"],
+)
+def test_images_are_mirrored_where_no_text_is_aligned_with_them(make_experiment, changes):
+    assert make_experiment(changes).data.augment == Augment.model_validate(changes["data.augment"])

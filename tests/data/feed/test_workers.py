@@ -32,10 +32,11 @@ SIZE = 4
 INPUTS = {
     "images": {
         "film": {"size": [1, 6, 6], "patch": [1, 3, 3], "window": [0, 255]},
-        "view": {"size": [1, 8, 8], "patch": [1, 4, 4], "window": [0, 255]},
-        "ct": {"size": [4, 4, 4], "patch": [2, 2, 2], "window": [0, 255], "crop": "random",
+        "view": {"size": [1, 8, 8], "patch": [1, 4, 4], "window": [[0, 255], [50, 90]]},
+        "ct": {"size": [4, 4, 4], "patch": [2, 2, 2], "normalise": "zscore", "crop": "random",
                "foreground": {"share": 0.5, "mask": "organ"}},
-        "mr": {"size": [4, 6, 6], "patch": [2, 2, 2], "window": [0, 255], "pack": {"studies": 2, "tokens": 20}},
+        "mr": {"size": [4, 6, 6], "patch": [2, 2, 2], "normalise": {"percentiles": [1, 99]},
+               "pack": {"studies": 2, "tokens": 20}},
     },
     "texts": {"report": {"length": 12, "sentence_keep": 0.6}},
     "columns": ["age", "sex"],
@@ -130,7 +131,8 @@ def gone(processes: list[int]) -> bool:
 
 
 def test_batches_are_the_same_bytes_for_any_number_of_workers(samples):
-    """Packed, on the foreground, of a mix of stores, on some rows alone, from any step on, and of an evaluation."""
+    """Packed, on the foreground, of windows of their own, of a mix of stores, on some rows alone, from any step on, and
+    of an evaluation."""
     whole = checksums(training(samples, 0, 0, threads=1, prefetch=1), 9)
     some = checksums(training(samples, 4, 0, rows=[2, 3]), 3)
     assert len(set(whole)) == 9

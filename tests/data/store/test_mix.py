@@ -224,6 +224,30 @@ def test_windows_and_augmentation_are_those_of_the_studys_store(samples, config)
     assert config.augments == (Augment(flip=0.0), Augment())
 
 
+def test_each_store_has_windows_of_its_own_for_the_same_channels(config):
+    """Two windows of ct, others in one of the stores; each volume of mr has its own."""
+    images = {
+        "ct": {"size": (8, 8, 8), "patch": (4, 4, 4), "window": ((-1000, 1000), (0, 40))},
+        "mr": {"size": (4, 4, 4), "patch": (2, 2, 2), "normalise": "zscore"},
+    }
+    brain = config.mix["brain"].images["ct"].model_copy(update={"window": ((0.0, 80.0), (50.0, 60.0))})
+    mixed = config.mix["brain"].model_copy(update={"images": {"ct": brain}})
+    store = open_data(config.model_copy(update={"mix": {**config.mix, "brain": mixed}}))
+    samples = samples_of(store, Inputs.model_validate({"images": images, "texts": {"report": {"length": 8}}}))
+    (batch,) = take(samples, range(8), 3, 1)
+    made = prepare(batch, samples.spec, None, None).images
+    windows = [[(0, 80), (50, 60)], [(-1000, 1000), (0, 40)]]
+    assert batch.source is not None and set(batch.source.tolist()) == {0, 1}
+    for at, source in enumerate(batch.source.tolist()):
+        raw, present = batch.images["ct"].voxels[at].astype(np.float64), batch.images["ct"].present[at]
+        expected = [np.clip((raw - low) / (high - low), 0, 1) * present for low, high in windows[source]]
+        np.testing.assert_allclose(made["ct"].voxels[at], np.concatenate(expected, -1), atol=1e-6)
+        raw, present = batch.images["mr"].voxels[at].astype(np.float64), batch.images["mr"].present[at]
+        if present:  # of 64 voxels, each of which is sampled about as often
+            close = np.clip((raw - raw.mean()) / raw.std() / 8 + 0.5, 0, 1)
+            assert np.abs(made["mr"].voxels[at] - close).max() < 0.05
+
+
 def test_crops_are_drawn_in_every_store_that_asks_for_it(samples):
     rng = np.random.default_rng(0)
     for source, rows in enumerate(rows for _, rows in samples.store.sources("train")):
@@ -281,6 +305,14 @@ def test_a_store_without_training_patients_is_named():
         (
             {"data.store": "", "data.mix": {"a": {"store": "x", "images": {"ct": {"window": [3, 1]}}}}},
             "is empty; give",
+        ),
+        (
+            {"data.store": "", "data.mix": {"a": {"store": "x", "images": {"ct": {"window": [[0, 1], [0, 2]]}}}}},
+            "data.mix.a.images.ct.window: gives 2 windows where inputs.images.ct has 1",
+        ),
+        (
+            {"data.store": "", "data.augment": {}, "data.mix": {"a": {"store": "x", "augment": {"flip": [0, 0, 0.1]}}}},
+            "data.mix.a.augment.flip: a mirror image swaps left and right, which texts of tasks.image_text may name",
         ),
     ],
 )
