@@ -17,7 +17,13 @@ class EvaluateConfig(Config):
     bootstrap: PositiveInt = 1000
     """Patient-level resamples behind each 95% interval."""
     baselines: dict[str, tuple[str, ...]] = {}
-    """Logistic regressions on these columns, by name; `table` (boosting on `inputs.columns`) is always there."""
+    """Logistic regressions on these columns, by name; those on the whole table, on bags of the texts and on simple
+    numbers of the images are always there."""
+    fit_studies: PositiveInt = 20_000
+    """Training studies that probes and baselines are fitted on, at most: those of the patients of the lowest keyed
+    hash."""
+    untrained: bool = True
+    """Also probes the model as it was before its training, which takes its parameters' memory once more."""
     recall_at: tuple[PositiveInt, ...] = (1, 5, 10)
     max_gallery: Annotated[int, Field(ge=2)] = 10_000
     """Studies among which retrieval finds a study's partner; of more, that many are drawn by a hash of patients, the

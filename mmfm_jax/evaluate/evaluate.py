@@ -21,19 +21,21 @@ from mmfm_jax.data.store.mix import open_data
 from mmfm_jax.data.store.studies import Studies
 from mmfm_jax.errors import UserError
 from mmfm_jax.evaluate.pictures import middle_slice
+from mmfm_jax.evaluate.plain import drawn_rows, read_plain
 from mmfm_jax.evaluate.report import write_report
 from mmfm_jax.evaluate.splits import OfTexts, collect, extractor
-from mmfm_jax.metrics.baselines import WHOLE_TABLE, baselines, linear_probes, make_table
+from mmfm_jax.metrics.baselines import RESERVED, baselines, linear_probes
 from mmfm_jax.metrics.bootstrap import Bootstrap
 from mmfm_jax.metrics.findings import Exhibit, Findings, Forest
 from mmfm_jax.metrics.held_out import HeldOut, LogProbability, Split, View, Words, view_name
-from mmfm_jax.metrics.label import tell
+from mmfm_jax.metrics.label import UNTRAINED, tell
+from mmfm_jax.metrics.origin import PROBE, origin
 from mmfm_jax.metrics.statistics import Measure
 from mmfm_jax.train import folder
 from mmfm_jax.train.checkpoint import TrainedRun, load_run
+from mmfm_jax.train.state import initial_learner
 
 TRAIN = "train"
-TRAIN_STUDIES = 20_000  # of the training split that probes and baselines are fitted on, the first in the store
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ def evaluate(run: str | Path, console: Console | None = None) -> Evaluation:
     write_report(run, experiment.name, facts, findings)
     for note in findings.notes:
         console.print(note)
-    console.print(results_table(findings.measures))
+    console.print(results_table({name: m for name, m in findings.measures.items() if brief(name)}))
+    for headline in findings.headlines:
+        console.print(headline)
     console.print(f"Report: {run / 'report.html'}", soft_wrap=True)
     return result
 
@@ -84,37 +88,47 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
     experiment, spec, learner = trained.experiment, trained.spec, trained.learner
     config = experiment.evaluate
     check(config, store)
-    extract = extractor(learner, spec)
+    extract = extractor(learner, spec, initial_learner(experiment, spec) if config.untrained else None)
 
-    def split(name: str, limit: int | None = None, ask: bool = True) -> Split:
+    def split(name: str, rows: np.ndarray, ask: bool = True) -> Split:
         devices = jax.local_device_count()
         batch_size = -(-config.batch_size // devices) * devices
         batches = evaluation_batches(
-            samples, name, batch_size, np.arange(batch_size), limit, workers=experiment.data.workers
+            samples, name, batch_size, np.arange(batch_size), workers=experiment.data.workers, studies=rows
         )
-        studies = len(store.rows(name)[:limit])
-        progress = track(batches, f"{name} studies", -(-studies // batch_size), console=console, transient=True)
+        progress = track(batches, f"{name} studies", -(-len(rows) // batch_size), console=console, transient=True)
         return collect(extract, progress, store.patients, ask)
 
-    test = split(config.split)
+    test = split(config.split, store.rows(config.split))
     columns = tuple(dict.fromkeys([*experiment.inputs.columns, *(c for b in config.baselines.values() for c in b)]))
 
     @functools.cache
     def train() -> Split:
-        return split(TRAIN, TRAIN_STUDIES, ask=False)
+        return split(TRAIN, drawn_rows(store, TRAIN, config.fit_studies), ask=False)
 
     @functools.cache
-    def tables():
-        rows = ([store.table(int(row))[1] for row in of.rows] for of in (test, train()))
-        return [make_table(of, columns, store.schema) for of in rows]
+    def plain():
+        return read_plain(samples, columns, train(), test)
 
     @functools.cache
-    def fitted(label: str, denied: View) -> dict[str, LogProbability]:
-        classes, (test_table, train_table) = len(spec.labels[label]), tables()
-        return linear_probes(train(), test, label, classes, denied) | baselines(
-            train_table, train().labels[label], test_table,
-            config.baselines, experiment.inputs.columns, classes, experiment.seed,
+    def probed(label: str, of: str) -> dict[View, LogProbability]:
+        on = (train().fused, test.fused) if of == PROBE else (train().untrained, test.untrained)
+        return linear_probes(on[0], train().labels[label], on[1], len(spec.labels[label]))
+
+    @functools.cache
+    def simple(label: str) -> dict[str, LogProbability]:
+        on_train, on_test = plain()
+        return baselines(
+            on_train, train().labels[label], on_test, config.baselines, experiment.inputs.columns,
+            len(spec.labels[label]), experiment.seed, told=label in spec.label_texts,
         )  # fmt: skip
+
+    def fitted(label: str, denied: View) -> dict[str, LogProbability]:
+        found = {view_name(view, PROBE): of for view, of in probed(label, PROBE).items() if view >= denied}
+        before = probed(label, UNTRAINED + PROBE)
+        if denied in before:
+            found[view_name(denied, UNTRAINED + PROBE)] = before[denied]
+        return found | simple(label)
 
     @functools.cache
     def readings() -> list[list[Words]]:
@@ -145,14 +159,23 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
     if not any(config.needs().labels for config in experiment.tasks.values()):
         rest = set(spec.labels) - {label for _, of in found for label in of.answered}
         found += [(label, probes(label, spec.label_texts, seen_by(label))) for label in sorted(rest)]
-    return Evaluation(joined(found), test)
+    trained_probes, before = ({label: probed(label, of) for label in spec.labels} for of in (PROBE, UNTRAINED + PROBE))
+    stated = frozenset(spec.label_texts)
+    found.append(("origin", origin(trained_probes, before, spec.modalities, stated, seen_by(""))))
+    findings = joined(found)
+    if len(train_rows) < (held := len(store.rows(TRAIN))):
+        told = (
+            f"Probes and baselines are fitted on {len(train_rows)} of {held} training studies (evaluate.fit_studies)."
+        )
+        findings = replace(findings, notes=(*findings.notes, told))
+    return Evaluation(findings, test)
 
 
 def probes(label: str, label_texts: dict[str, str], held_out: HeldOut) -> Findings:
     """Linear probes of a label that no task learns, blind to texts where it was read out of one."""
     denied = frozenset({"text"} if label in label_texts else ())
     fitted = held_out.fitted(label, denied)
-    return tell(label, label, fitted, held_out, headline=view_name(denied, "linear_probe"))
+    return tell(label, label, fitted, held_out, headline=view_name(denied, PROBE))
 
 
 def joined(found: list[tuple[str, Findings]]) -> Findings:
@@ -172,18 +195,24 @@ def joined(found: list[tuple[str, Findings]]) -> Findings:
         tuple(exhibits),
         tuple(dict.fromkeys(note for _, findings in found for note in findings.notes)),
         tuple(label for _, findings in found for label in findings.answered),
+        tuple(dict.fromkeys(said for _, findings in found for said in findings.headlines)),
     )
 
 
 def check(config: EvaluateConfig, store: Studies) -> None:
     """Refuses an evaluation that asks for what the store lacks, before anything is computed."""
     for name, columns in config.baselines.items():
-        if name == WHOLE_TABLE:
-            raise UserError(f"evaluate.baselines.{name}: is the name of the gradient boosting; give another name")
+        if name in RESERVED:
+            raise UserError(f"evaluate.baselines.{name}: is the name of a baseline that is always there; give another")
         for column in columns:
             if column not in store.schema.columns:
                 held = ", ".join(store.schema.columns)
                 raise UserError(f"evaluate.baselines.{name}: the store has no column {column}; it has {held}")
+
+
+def brief(name: str) -> bool:
+    """Whether a measure stands in the printed table: no gains, and no view but of the trained model untold."""
+    return "_minus_" not in name and not ("_without_" in name and ("untrained_" in name or "told_" in name))
 
 
 def results_table(measures: dict[str, Measure]) -> RichTable:

@@ -30,7 +30,12 @@ def render(title: str, facts: str, findings: Findings, history: History) -> str:
     from mmfm_jax.metrics import figures
     from mmfm_jax.page import document, image, note
 
-    body = [f"<h1>{html.escape(title)}</h1>", note(facts), *map(note, findings.notes)]
+    body = [
+        f"<h1>{html.escape(title)}</h1>",
+        *(f"<p>{html.escape(said)}</p>" for said in findings.headlines),
+        note(facts),
+        *map(note, findings.notes),
+    ]
     for heading, exhibits in by_heading(findings.exhibits).items():
         notes = dict.fromkeys(exhibit.note for exhibit in exhibits if exhibit.note)
         body += [f"<h2>{html.escape(heading)}</h2>", *map(note, notes), *pieces(exhibits)]

@@ -23,37 +23,38 @@ from mmfm_jax.tasks.base import Views
 from mmfm_jax.train.learner import Learner
 
 
-def probed_views(spec: InputSpec) -> tuple[View, ...]:
-    """The whole view and that without each modality; where a label was read out of texts, those blind to texts too."""
-    views = views_of(spec.modalities)
-    if spec.label_texts and set(spec.modalities) > {"text"}:
-        views += views_of(spec.modalities, frozenset({"text"}))
-    return tuple(dict.fromkeys(views))
-
-
-def extractor(learner: Learner, spec: InputSpec) -> Callable[[Batch, bool], dict]:
-    """The function from a host batch, and whether tasks are asked too, to `fused` and `predicted` of its studies (see
-    Split), on all local devices.
+def extractor(learner: Learner, spec: InputSpec, untrained: Learner | None = None) -> Callable[[Batch, bool], dict]:
+    """The function from a host batch, and whether tasks are asked too, to `fused`, `predicted` and `untrained` of its
+    studies (see Split), on all local devices. `untrained`: the learner before its training; without it nothing is said
+    of it.
 
     The number of studies of a batch must be a multiple of the number of local devices.
     """
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
+    everywhere, by_study = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     graph, state = nnx.split(learner)
-    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    views = probed_views(spec)
+    state = jax.device_put(state, everywhere)
+    before = jax.device_put(nnx.split(untrained)[1], everywhere) if untrained is not None else None
+    views = views_of(spec.modalities)
+
+    def fused(seen: Views) -> list:
+        return [seen.fused(view).astype(jnp.float32).mean(axis=1) for view in views]
+
+    def seen_by(state: nnx.State, batch: Batch) -> tuple[Learner, Views]:
+        learner = nnx.merge(graph, state)
+        return learner, Views(learner.model, prepare(batch, spec, None, None))
 
     @functools.partial(jax.jit, static_argnames="ask")
     def extract(state: nnx.State, batch: Batch, ask: bool) -> tuple[list, dict]:
-        learner = nnx.merge(graph, state)
-        seen = Views(learner.model, prepare(batch, spec, None, None))
-        fused = [seen.fused(view).astype(jnp.float32).mean(axis=1) for view in views]
-        return fused, {name: task.predict(seen) for name, task in learner.tasks.items() if ask}
+        learner, seen = seen_by(state, batch)
+        return fused(seen), {name: task.predict(seen) for name, task in learner.tasks.items() if ask}
 
     def run(batch: Batch, ask: bool) -> dict:
-        fused, predicted = jax.device_get(extract(state, jax.device_put(batch, by_study), ask=ask))
-        return {"fused": dict(zip(views, fused)), "predicted": predicted}
+        given = jax.device_put(batch, by_study)
+        found, predicted = jax.device_get(extract(state, given, ask=ask))
+        unlearnt = jax.device_get(extract(before, given, ask=False)[0]) if before is not None else []
+        return {"fused": dict(zip(views, found)), "predicted": predicted, "untrained": dict(zip(views, unlearnt))}
 
-    by_study = NamedSharding(mesh, PartitionSpec("data"))
     return run
 
 
@@ -68,8 +69,12 @@ def collect(
     for batch in batches:
         real = np.asarray(batch.study) >= 0  # the last batch is padded
         found = extract(batch, ask)
-        own = {view: x[real] for view, x in found["fused"].items()}
-        parts.append((own, jax.tree.map(operator.itemgetter(real), found["predicted"])))
+        parts.append(
+            (
+                *({view: x[real] for view, x in found[of].items()} for of in ("fused", "untrained")),
+                jax.tree.map(operator.itemgetter(real), found["predicted"]),
+            )
+        )
         rows.append(batch.study[real])
         labels.append({k: np.where(part.present, part.value, -1)[real] for k, part in batch.labels.items()})
         contents.append({k: _digests(part, real) for k, part in _modalities(batch).items() if ask})
@@ -77,10 +82,15 @@ def collect(
         rows=np.concatenate(rows),
         patients=np.asarray(patients(np.concatenate(rows))),
         labels=_concatenate(labels),
-        fused={view: np.concatenate([own[view] for own, _ in parts]) for view in parts[0][0]},
-        predicted=_concatenate([predicted for _, predicted in parts]),
+        fused=_by_view([fused for fused, *_ in parts]),
+        predicted=_concatenate([predicted for *_, predicted in parts]),
         same={k: np.unique(v, return_inverse=True)[1] for k, v in _concatenate(contents).items()},
+        untrained=_by_view([untrained for _, untrained, _ in parts]),
     )
+
+
+def _by_view(parts: list[dict[View, np.ndarray]]) -> dict[View, np.ndarray]:
+    return {view: np.concatenate([part[view] for part in parts]) for view in parts[0]}
 
 
 def _concatenate(trees: list):

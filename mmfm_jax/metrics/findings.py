@@ -58,3 +58,5 @@ class Findings:
     """What could not be measured, and why: one sentence each."""
     answered: tuple[str, ...] = ()
     """Labels of the store that were measured."""
+    headlines: tuple[str, ...] = ()
+    """What a reader should know first: one sentence each."""

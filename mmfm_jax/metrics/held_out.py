@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import combinations
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -24,9 +25,9 @@ def view_name(left_out: View, of: str = "fused") -> str:
 
 
 def views_of(modalities: tuple[str, ...], denied: View = frozenset()) -> tuple[View, ...]:
-    """What is denied alone, then that with each further modality left out, as long as one remains."""
+    """What is denied alone, then that with every further set of modalities left out that leaves one."""
     rest = [m for m in modalities if m not in denied]
-    return (denied, *(denied | {m} for m in rest if len(rest) > 1))
+    return tuple(denied | set(more) for n in range(max(len(rest), 1)) for more in combinations(rest, n))
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Split:
     """By task, what it predicts of each study."""
     same: dict[str, Shaped[np.ndarray, "study"]]
     """By modality: studies whose inputs are identical share a value."""
+    untrained: dict[View, Float[np.ndarray, "study width"]] = field(default_factory=dict)
+    """As `fused`, of the model before its training; empty where that is not asked for."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from mmfm_jax.metrics.statistics import (
 )
 
 BASELINE = "baseline_"
+TOLD = "told_"  # what reads a text that states the label: no baseline, for it is given the answer
+UNTRAINED = "untrained_"  # probes of the model before its training
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class Predictions:
     patients: Shaped[np.ndarray, "study"]
     by_predictor: dict[str, LogProbability]
     headline: str = ""
-    """The predictor whose gain over the baselines and whose calibration are measured; empty: none."""
+    """The predictor whose gain over the baselines, and over the model before its training, is measured; empty: none."""
+    calibrated: bool = True
+    """Whether the headline gives probabilities, whose calibration is measured."""
 
     @property
     def measurable(self) -> bool:
@@ -44,14 +48,36 @@ class Predictions:
         aurocs = {name: ClassAuroc(scores, self.label) for name, scores in self.by_predictor.items()}
         measures = {f"{name}/auroc": bootstrap(auroc, self.patients) for name, auroc in aurocs.items()}
         if self.headline in aurocs:
-            for name in (name for name in aurocs if name.startswith(BASELINE)):
+            for name in (name for name in aurocs if name.startswith((BASELINE, UNTRAINED))):
                 gain = functools.partial(_difference, aurocs[self.headline], aurocs[name])
                 measures[f"{self.headline}_minus_{name}/auroc"] = bootstrap(gain, self.patients)
+        if self.headline in aurocs and self.calibrated:
             claimed = confidence(self.by_predictor[self.headline], self.label)
             measures[f"{self.headline}/calibration_error"] = bootstrap(
                 functools.partial(calibration_error, claimed), self.patients
             )
         return measures
+
+    def strongest_baseline(self, measures: dict[str, Measure]) -> str | None:
+        """That of the highest AUROC on the studies that are measured, which favours it a little."""
+        baselines = [name for name in self.by_predictor if name.startswith(BASELINE)]
+        return max(baselines, key=lambda name: measures[f"{name}/auroc"].value, default=None)
+
+    def headline_of(self, name: str, measures: dict[str, Measure]) -> str | None:
+        """The headline beside the strongest baseline, in a sentence."""
+        strongest = self.strongest_baseline(measures)
+        if strongest is None or self.headline not in self.by_predictor:
+            return None
+        ours, theirs = (_said(measures[f"{of}/auroc"]) for of in (self.headline, strongest))
+        less = _said(measures[f"{self.headline}_minus_{strongest}/auroc"])
+        return (
+            f"{name}: AUROC of {self.headline} {ours}, of the strongest baseline, "
+            f"{strongest.removeprefix(BASELINE)}, {theirs}; ours less theirs {less}."
+        )
+
+
+def _said(m: Measure) -> str:
+    return f"{m.value:.3f}" + (f" ({m.low:.3f} to {m.high:.3f})" if m.low is not None else "")
 
 
 def _difference(a: Statistic, b: Statistic, weights: Weights) -> Float[np.ndarray, "resample"]:
@@ -65,6 +91,7 @@ def tell(
     held_out: HeldOut,
     headline: str = "",
     measured: Bool[np.ndarray, "study"] | None = None,
+    calibrated: bool = True,
 ) -> Findings:
     """What predictors of a label are worth on the test studies that carry it, among the `measured` ones if given.
 
@@ -80,15 +107,22 @@ def tell(
         test.patients[kept],
         {predictor: of[kept] for predictor, of in scores.items()},
         headline,
+        calibrated,
     )
     if not predictions.measurable:
         note = f"{name} is left out: the {held_out.split} studies that carry it are not of two classes or more."
         return Findings(notes=(note,), answered=(label,))
-    measures = {f"{name}/{key}": value for key, value in predictions.measures(held_out.bootstrap).items()}
-    return Findings(measures, tuple(_exhibits(name, predictions, measures)), answered=(label,))
+    found = predictions.measures(held_out.bootstrap)
+    measures = {f"{name}/{key}": value for key, value in found.items()}
+    said = predictions.headline_of(name, found)
+    strongest = predictions.strongest_baseline(found)
+    exhibits = tuple(_exhibits(name, predictions, measures, strongest))
+    return Findings(measures, exhibits, answered=(label,), headlines=(said,) if said else ())
 
 
-def _exhibits(name: str, predictions: Predictions, measures: dict[str, Measure]) -> list[Exhibit]:
+def _exhibits(
+    name: str, predictions: Predictions, measures: dict[str, Measure], strongest: str | None
+) -> list[Exhibit]:
     aurocs = {
         key.removesuffix("/auroc"): m for key, m in measures.items() if key.endswith("/auroc") and "_minus_" not in key
     }
@@ -96,15 +130,17 @@ def _exhibits(name: str, predictions: Predictions, measures: dict[str, Measure])
         Forest(
             "Telling one class from another",
             "AUROC: the chance that a study of the class scores above one without it; 0.5 is guessing, 1 is perfect. "
-            "Dot: value on held-out patients. Line: its 95% interval.",
+            "Dot: value on held-out patients. Line: its 95% interval. Baselines use no model and are fitted on "
+            "training patients; told_ reads a text that states the label, so it is no baseline; untrained_ is a probe "
+            "of the model before its training.",
             "AUROC",
             aurocs,
             reference=0.5,
         )
     ]
     if len(predictions.classes) == 2:
-        shown.append(Panel("ROC curves", "", f"ROC of {name}", functools.partial(_roc, name, predictions)))
-    if predictions.headline in predictions.by_predictor:
+        shown.append(Panel("ROC curves", "", f"ROC of {name}", functools.partial(_roc, name, predictions, strongest)))
+    if predictions.headline in predictions.by_predictor and predictions.calibrated:
         shown.append(
             Panel(
                 "Calibration",
@@ -116,10 +152,10 @@ def _exhibits(name: str, predictions: Predictions, measures: dict[str, Measure])
     return shown
 
 
-def _roc(name: str, predictions: Predictions):
+def _roc(name: str, predictions: Predictions, strongest: str | None):
     from mmfm_jax.metrics import figures
 
-    return figures.roc(roc_curves(predictions), name)
+    return figures.roc(roc_curves(predictions, strongest), name)
 
 
 def _calibration(name: str, predictions: Predictions):
@@ -129,12 +165,13 @@ def _calibration(name: str, predictions: Predictions):
     return figures.calibration(claimed, f"{name}, {predictions.headline}")
 
 
-def roc_curves(predictions: Predictions) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """False and true positive rates of the headline and of the predictors that use all they are given."""
+def roc_curves(predictions: Predictions, strongest: str | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """False and true positive rates of the headline, of the strongest baseline, and of what else sees all that it may
+    but other baselines."""
     from sklearn.metrics import roc_curve
 
     return {
         name: roc_curve(predictions.label, scores[:, 1] - scores[:, 0])[:2]
         for name, scores in predictions.by_predictor.items()
-        if "_without_" not in name or name == predictions.headline
+        if name in (predictions.headline, strongest) or not ("_without_" in name or name.startswith((BASELINE, TOLD)))
     }

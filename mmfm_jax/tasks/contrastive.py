@@ -22,7 +22,7 @@ from mmfm_jax.losses.pairs import contrast
 from mmfm_jax.metrics.examples import Example, examples_html, first_of
 from mmfm_jax.metrics.findings import Exhibit, Findings, Forest, Passage
 from mmfm_jax.metrics.held_out import HeldOut
-from mmfm_jax.metrics.label import BASELINE, tell
+from mmfm_jax.metrics.label import BASELINE, TOLD, tell
 from mmfm_jax.metrics.ranks import Ranks
 from mmfm_jax.metrics.retrieval import Gallery, Side, gallery, ranks_both_ways, retrieval, zero_shot
 from mmfm_jax.model.attention import Attention
@@ -215,8 +215,8 @@ class Contrastive(Task):
         positive, negative = np.split(held_out.of_texts(prompts, ("text",))["text"], [len(asked.positive)])
         scores = {"zero_shot": zero_shot(image.vectors, positive, negative)}
         fitted = held_out.fitted(asked.label, frozenset())
-        scores |= {key: of for key, of in fitted.items() if key.startswith(BASELINE)}
-        return tell(name, asked.label, scores, held_out, measured=image.present)
+        scores |= {key: of for key, of in fitted.items() if key.startswith((BASELINE, TOLD))}
+        return tell(name, asked.label, scores, held_out, headline="zero_shot", measured=image.present, calibrated=False)
 
     def _examples(self, sides: dict[str, Side], among: Gallery, ranks: Ranks, held_out: HeldOut) -> Passage:
         """A few test studies drawn at random, with the texts nearest to their images."""

@@ -57,11 +57,15 @@ def learner_shapes(experiment: Experiment, spec: InputSpec) -> tuple[nnx.GraphDe
     return graph, params, buffers
 
 
+def initial_learner(experiment: Experiment, spec: InputSpec) -> Learner:
+    """The learner before the first step, a function of `experiment.seed`."""
+    return Learner(experiment, spec, nnx.Rngs(params=jax.random.fold_in(jax.random.key(experiment.seed), 0)))
+
+
 def initial_state(experiment: Experiment, spec: InputSpec, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step, a function of `experiment.seed`."""
     key = jax.random.key(experiment.seed)
-    learner = Learner(experiment, spec, nnx.Rngs(params=jax.random.fold_in(key, 0)))
-    _, params, buffers = nnx.split(learner, nnx.Param, ...)
+    _, params, buffers = nnx.split(initial_learner(experiment, spec), nnx.Param, ...)
     return TrainState(
         params=params,
         buffers=buffers,

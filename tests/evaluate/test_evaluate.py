@@ -19,6 +19,7 @@ from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.data.study import ColumnSpec, Image, ImageSpec, LabelSpec, Schema, Study
 from mmfm_jax.errors import UserError
 from mmfm_jax.evaluate import evaluate as module
+from mmfm_jax.evaluate.plain import read_plain
 from mmfm_jax.experiment import validate
 from mmfm_jax.metrics.statistics import chance, measure
 from mmfm_jax.train.checkpoint import TrainedRun
@@ -119,15 +120,26 @@ def test_evaluation_json_maps_every_name_to_value_interval_and_count(run):
     folder, _, _ = run
     measures = json.loads((folder / "evaluation.json").read_text())
     assert all(set(measure) == {"value", "low", "high", "n"} for measure in measures.values())
-    left_out = [f"{kind}_without_{m}" for kind in ("fused", "linear_probe") for m in ("image", "text", "table")]
+    blind = [f"_without_{m}" for m in ("image", "text", "table", "image_text", "image_table", "table_text")]
+    baselines = ("diameter", "table", "sentences", "words", "sentences_and_table", "words_and_table", "image")
     ways = [f"{a}_to_{b}" for a, b in (("image", "text"), ("text", "image"), ("image", "table"), ("table", "image"))]
     ways_of_table = [f"retrieval/{way}" for way in ways[2:]]
     assert set(measures) == {
-        *(f"malignancy/{name}/auroc" for name in ("fused", "linear_probe", "baseline_diameter", "baseline_table")),
-        *(f"malignancy/{name}/auroc" for name in left_out),
-        *(f"malignancy/fused_minus_baseline_{name}/auroc" for name in ("diameter", "table")),
+        *(
+            f"malignancy/{kind}{view}/auroc"
+            for kind in ("fused", "linear_probe", "untrained_linear_probe")
+            for view in ("", *blind)
+        ),
+        *(f"malignancy/{front}baseline_{name}/auroc" for name in baselines for front in ("", "fused_minus_")),
+        "malignancy/fused_minus_untrained_linear_probe/auroc",
         "malignancy/fused/calibration_error",
-        *(f"spiculation/{name}/auroc" for name in ("zero_shot", "baseline_diameter", "baseline_table")),
+        "spiculation/zero_shot/auroc",
+        *(f"spiculation/{front}baseline_{name}/auroc" for name in baselines for front in ("", "zero_shot_minus_")),
+        *(
+            f"spiculation/{kind}{view}/auroc"
+            for kind in ("linear_probe", "untrained_linear_probe")
+            for view in ("", *blind)
+        ),
         *(
             f"{way}/{name}"
             for way in [*(f"{of}retrieval/{way}" for way in ways[:2] for of in ("", "again/")), *ways_of_table]
@@ -158,6 +170,8 @@ def test_report_stands_alone_and_names_no_patient_and_no_path(run, store):
     patients = set(store.patients(np.arange(len(store))))
     for text in (page, (folder / "evaluation.json").read_text(), printed):
         assert not any(patient in text for patient in patients) and store.url not in text
+    assert "nodule" not in (folder / "evaluation.json").read_text() + printed  # the word of every text
+    assert "nodule" not in page.partition("<h2>Examples</h2>")[0]
     assert "malignancy/fused/auroc" in printed and "report.html" in printed
     assert sorted(p.name for p in folder.iterdir()) == ["evaluation.json", "report.html"]
 
@@ -193,7 +207,10 @@ def asks(trained, **changes):
     [
         ({"split": "held_out"}, "held_out"),
         ({"baselines": {"age": ["age"]}}, "evaluate.baselines.age: the store has no column age"),
-        ({"baselines": {"table": ["contrast"]}}, "evaluate.baselines.table: is the name of the gradient boosting"),
+        (
+            {"baselines": {"table": ["contrast"]}},
+            "evaluate.baselines.table: is the name of a baseline that is always there",
+        ),
     ],
 )
 def test_what_the_run_or_its_store_lacks_is_named_in_one_sentence(trained, store, changes, message):
@@ -237,10 +254,45 @@ def test_labels_are_probed_where_no_task_learns_one_and_blind_to_the_text_that_s
     samples = Samples(store, experiment.inputs, spec, trained.tokenizer)
     measures = module.measure_run(run, store, samples, silent()).findings.measures
     probes = {name for name in measures if "linear_probe" in name and name.endswith("/auroc") and "minus" not in name}
+    views = ("_text", "_image_text", "_table_text")
+    blind = ("", "_without_image", "_without_table", "_without_image_table", *(f"_without{view}" for view in views))
+    kinds = ("linear_probe", "untrained_linear_probe")
     assert {name for name in probes if name.startswith("malignancy")} == {
-        f"malignancy/linear_probe{view}/auroc" for view in ("", "_without_image", "_without_text", "_without_table")
+        f"malignancy/{kind}{view}/auroc" for kind in kinds for view in blind
     }
     assert {name for name in probes if name.startswith("spiculation")} == {
-        f"spiculation/linear_probe_without_{view}/auroc" for view in ("text", "image_text", "table_text")
+        f"spiculation/{'' if 'text' in view else 'told_'}{kind}{view}/auroc" for kind in kinds for view in blind
     }
     assert "spiculation/linear_probe_without_text_minus_baseline_table/auroc" in measures
+    assert "spiculation/linear_probe_without_text_minus_untrained_linear_probe_without_text/auroc" in measures
+    assert "spiculation/told_sentences/auroc" in measures and "malignancy/baseline_sentences/auroc" in measures
+    assert not any("minus_told" in name or "spiculation/baseline_sentences" in name for name in measures)
+
+
+def test_the_headline_names_the_strongest_baseline(run):
+    folder, result, printed = run
+    measures = result.findings.measures
+    baselines = {n.split("/")[1]: m for n, m in measures.items() if n.startswith("malignancy/baseline_")}
+    strongest = max(baselines, key=lambda name: baselines[name].value)
+    (headline,) = (said for said in result.findings.headlines if said.startswith("malignancy:"))
+    less = measures[f"malignancy/fused_minus_{strongest}/auroc"]
+    assert f"strongest baseline, {strongest.removeprefix('baseline_')}, {baselines[strongest].value:.3f}" in headline
+    assert f"{less.value:.3f} ({less.low:.3f} to {less.high:.3f})" in headline
+    page = (folder / "report.html").read_text()
+    assert headline in page and "Where each label comes from" in page
+    assert headline.split(";")[0][:40] in printed
+
+
+def test_probes_and_baselines_are_fitted_on_no_more_studies_than_asked_and_that_is_told(trained, store, monkeypatch):
+    asking = asks(trained, fit_studies=30, untrained=False)
+    samples = Samples(store, trained.experiment.inputs, trained.spec, trained.tokenizer)
+    monkeypatch.setattr(
+        module,
+        "read_plain",
+        lambda samples, columns, train, test: seen.append(train.rows) or read_plain(samples, columns, train, test),
+    )
+    seen = []
+    findings = module.measure_run(asking, store, samples, silent()).findings
+    assert len(seen) == 1 and len(seen[0]) == 30 and set(seen[0]) < set(store.rows("train"))
+    assert any("30 of 60 training studies" in note for note in findings.notes)
+    assert not any("untrained" in name for name in findings.measures)

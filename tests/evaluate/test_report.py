@@ -29,6 +29,7 @@ def findings(**changes):
         "disease",
         Predictions(("no", "yes"), label, PATIENTS, names, "fused"),
         {"disease/fused/auroc": Measure(0.9, 0.8, 0.95, 40)},
+        None,
     )
     image = Slice(rng.random((8, 8, 1)), (2.0, 2.0))
     recall = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -10,10 +11,10 @@ from flax import nnx
 
 from mmfm_jax.data.batch import Batch, ImagePart, ImageShape, InputSpec, LabelPart, NumberStats, TablePart, TextPart
 from mmfm_jax.data.feed.tokenizer import Tokenizer
-from mmfm_jax.evaluate.splits import OfTexts, collect, extractor, probed_views
+from mmfm_jax.evaluate.splits import OfTexts, collect, extractor
 from mmfm_jax.experiment import validate
 from mmfm_jax.metrics.bootstrap import Bootstrap
-from mmfm_jax.metrics.held_out import HeldOut
+from mmfm_jax.metrics.held_out import HeldOut, views_of
 from mmfm_jax.metrics.retrieval import Side
 from mmfm_jax.train.learner import Learner
 
@@ -105,12 +106,22 @@ def test_a_view_without_a_modality_is_the_view_of_studies_that_lack_it(extract, 
     assert not without.predicted["image_text"]["text_present"].any()
 
 
-def test_every_modality_is_left_out_once_and_a_lone_one_never(spec):
-    views = {frozenset(), *(frozenset({m}) for m in ("image", "text", "table"))}
-    assert set(probed_views(spec)) == views
-    of_text = spec.model_copy(update={"label_texts": {"disease": "report"}})
-    assert set(probed_views(of_text)) == views | {frozenset({"text", "image"}), frozenset({"text", "table"})}
-    assert probed_views(spec.model_copy(update={"images": {}, "numbers": {}})) == (frozenset(),)
+def test_a_view_is_every_set_of_modalities_that_leaves_one():
+    every = ("image", "text", "table")
+    views = [frozenset(left_out) for n in range(3) for left_out in itertools.combinations(every, n)]
+    assert list(views_of(every)) == views
+    assert set(views_of(every, frozenset({"text"}))) == {view for view in views if "text" in view}
+    assert views_of(("text",)) == (frozenset(),)
+
+
+def test_untrained_features_are_those_of_the_other_learner(learner, spec, tokenizer):
+    other = Learner(validate(EXPERIMENT, "test"), spec, nnx.Rngs(7))
+    both = collect(extractor(learner, spec, other), [batch(tokenizer)], names)
+    alone = collect(extractor(other, spec), [batch(tokenizer)], names)
+    assert not alone.untrained and both.untrained.keys() == both.fused.keys()
+    for view, features in both.untrained.items():
+        np.testing.assert_allclose(features, alone.fused[view], atol=1e-5)
+        assert np.abs(features - both.fused[view]).max() > 1e-3
 
 
 def test_padding_is_dropped_and_batches_join_in_order(extract, tokenizer):

@@ -57,7 +57,7 @@ def test_curves_are_those_of_whole_views_and_of_the_headline():
     label = np.arange(20) % 2
     names = {"fused_without_text": scores, "fused_without_image": scores, "baseline_size": scores}
     found = Predictions(("no", "yes"), label, np.arange(20), names, headline="fused_without_text")
-    assert set(roc_curves(found)) == {"fused_without_text", "baseline_size"}
+    assert set(roc_curves(found, "baseline_size")) == {"fused_without_text", "baseline_size"}
     measures = found.measures(BOOTSTRAP)
     assert "fused_without_text_minus_baseline_size/auroc" in measures
     assert "fused_without_text/calibration_error" in measures and "fused/calibration_error" not in measures

@@ -52,13 +52,15 @@ def evaluation_batches(
     threads: int = 8,
     prefetch: int = 2,
     workers: int = 0,
+    studies: np.ndarray | None = None,
 ) -> Generator[Batch, None, None]:
-    """Every study of the split once (the first `limit` of them), in store order, read without randomness.
+    """Every study of the split once (the first `limit` of them, or the rows `studies`), in store order, read without
+    randomness.
 
     The last batch is filled with absent studies (`study` -1), so all processes yield equally many batches of one
     shape. Raises UserError when the split has no patients.
     """
-    rows = samples.store.rows(split)[:limit]
+    rows = samples.store.rows(split)[:limit] if studies is None else studies
     padded = np.full(-(-len(rows) // batch_size) * batch_size, ABSENT)
     padded[: len(rows)] = rows
     local = padded.reshape(-1, batch_size)[:, local_rows]
