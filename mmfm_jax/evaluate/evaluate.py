@@ -163,10 +163,8 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
     stated = frozenset(spec.label_texts)
     found.append(("origin", origin(trained_probes, before, spec.modalities, stated, seen_by(""))))
     findings = joined(found)
-    if len(train_rows) < (held := len(store.rows(TRAIN))):
-        told = (
-            f"Probes and baselines are fitted on {len(train_rows)} of {held} training studies (evaluate.fit_studies)."
-        )
+    if spec.labels and (on := len(train().rows)) < (held := len(store.rows(TRAIN))):
+        told = f"Probes and baselines are fitted on {on} of {held} training studies (evaluate.fit_studies)."
         findings = replace(findings, notes=(*findings.notes, told))
     return Evaluation(findings, test)
 

@@ -127,7 +127,9 @@ def test_of_a_large_image_the_middle_is_looked_at(held, monkeypatch):
     monkeypatch.setattr(plain, "LARGEST", 60)
     store = held[0].store
     row = next(int(row) for row in store.rows("train") if store.volume_info("outline", int(row)))
-    voxels, _ = plain._middle(store, "outline", row)
+    found = plain._middle(store, "outline", row)
+    assert found is not None
+    voxels, _ = found
     assert voxels.shape == (3, 3, 6, 1)
     whole = store.crop("outline", row, (0, 0, 0), (6, 6, 6))
     np.testing.assert_array_equal(voxels, whole[1:4, 1:4])

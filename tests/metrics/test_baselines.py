@@ -173,6 +173,7 @@ def test_fits_see_neither_unlabelled_studies_nor_other_test_studies():
     train_label[:20] = -1
     before = baselines(train, train_label, test, {}, ("age",), 2, 0)
     for of, rows in ((train, slice(0, 20)), (test, slice(0, 10))):  # poison
+        assert of.image is not None
         of.table.values[rows], of.image[rows] = 1e9, -1e9
         bag = of.bags["words"].toarray()
         bag[rows] = 1e9
