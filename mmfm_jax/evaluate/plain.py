@@ -13,6 +13,7 @@ from scipy.sparse import csr_matrix, vstack
 from mmfm_jax.data.feed.example import Samples
 from mmfm_jax.data.split import share_of
 from mmfm_jax.data.store.studies import Extent, Studies
+from mmfm_jax.data.store.study_store import DamagedImage
 from mmfm_jax.metrics.bags import Bag, Piece, Readings
 from mmfm_jax.metrics.baselines import Plain, make_table
 from mmfm_jax.metrics.held_out import Split
@@ -87,7 +88,7 @@ def _bags(samples: Samples, train: np.ndarray, test: np.ndarray) -> tuple[dict[s
 def _outline_scale(samples: Samples, role: str, rows: np.ndarray) -> float | None:
     def images() -> Iterator[np.ndarray]:
         for row in rows:
-            if (held := _middle(samples.store, role, int(row))) is not None:
+            if (held := _middle(samples, role, int(row))) is not None:
                 yield held[0]
 
     return outline_scale(itertools.islice(images(), LOOKED_AT))
@@ -101,7 +102,7 @@ def _numbers(
     def of_study(row: int) -> np.ndarray:
         found = []
         for role, full in outlines.items():
-            held = _middle(samples.store, role, row)
+            held = _middle(samples, role, row)
             for channel in range(samples.store.schema.images[role].channels):
                 if held is None:
                     found.append(np.full(len(INTENSITY) + (len(SHAPE) if full else 0), np.nan))
@@ -116,15 +117,21 @@ def _numbers(
         return np.stack(list(threads.map(of_study, map(int, rows))))
 
 
-def _middle(store: Studies, role: str, row: int) -> tuple[np.ndarray, tuple[float, float, float]] | None:
-    """Voxels [z, y, x, channel] of at most LARGEST about the centre of an image, and their spacing."""
+def _middle(samples: Samples, role: str, row: int) -> tuple[np.ndarray, tuple[float, float, float]] | None:
+    """Voxels [z, y, x, channel] of at most LARGEST about the centre of an image, and their spacing; of none that is
+    absent or damaged (`Damage`)."""
+    store = samples.store
     info = store.volume_info(role, row)
     if info is None:
         return None
     shape, spacing_mm = info
     size = middle_size(shape)
     z, y, x = ((whole - part) // 2 for whole, part in zip(shape, size))
-    return store.crop(role, row, (z, y, x), size), spacing_mm
+    try:
+        return store.crop(role, row, (z, y, x), size), spacing_mm
+    except DamagedImage as error:
+        samples.damage.leave_out(role, row, error)
+        return None
 
 
 def middle_size(shape: Extent) -> Extent:

@@ -6,7 +6,7 @@ import pytest
 from mmfm_jax.data.feed.example import Samples
 from mmfm_jax.data.feed.spec import make_spec
 from mmfm_jax.data.feed.tokenizer import Tokenizer
-from mmfm_jax.data.store.study_store import StudyStore
+from mmfm_jax.data.store.study_store import DamagedImage, StudyStore
 from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.data.study import ColumnSpec, Image, ImageSpec, Schema, Study
 from mmfm_jax.evaluate import plain
@@ -127,9 +127,25 @@ def test_of_a_large_image_the_middle_is_looked_at(held, monkeypatch):
     monkeypatch.setattr(plain, "LARGEST", 60)
     store = held[0].store
     row = next(int(row) for row in store.rows("train") if store.volume_info("outline", int(row)))
-    found = plain._middle(store, "outline", row)
+    found = plain._middle(held[0], "outline", row)
     assert found is not None
     voxels, _ = found
     assert voxels.shape == (3, 3, 6, 1)
     whole = store.crop("outline", row, (0, 0, 0), (6, 6, 6))
     np.testing.assert_array_equal(voxels, whole[1:4, 1:4])
+
+
+def test_a_damaged_image_is_missing_to_baselines_too(tmp_path):
+    samples, _ = read(tmp_path / "store")
+    rows = [int(row) for row in samples.store.rows("train") if samples.store.volume_info("ct", int(row))]
+    for chunk in (tmp_path / "store/volumes/ct" / f"{rows[0]:08d}" / "0/c").rglob("*"):
+        if chunk.is_file():
+            chunk.write_bytes(chunk.read_bytes()[:9])
+    opened = StudyStore.open(samples.store.url, cache_bytes=0)
+    fresh = Samples(opened, samples.inputs, samples.spec, samples.tokenizer)
+    with pytest.raises(DamagedImage):
+        plain._numbers(fresh, {"ct": None}, np.array(rows))
+    fresh.damage.limit = 1
+    with pytest.warns(UserWarning, match=f"study {rows[0]} goes on without its image ct"):
+        numbers = plain._numbers(fresh, {"ct": None}, np.array(rows))
+    assert np.isnan(numbers[0]).all() and np.isfinite(numbers[1:]).all()
