@@ -35,6 +35,6 @@ class Fusion(nnx.Module):
             replace(parts[name], x=project(parts[name].x) + self.part.all[i].astype(self.dtype))
             for i, (name, project) in enumerate(zip(self.parts, self.project))
         ]
-        memory, own = join(projected), self.latents.all
+        memory, own = join(projected).padded(), self.latents.all
         latents = jnp.broadcast_to(own, (len(memory.x) * memory.studies, *own.shape)).astype(self.dtype)
         return self.transformer(latents, memory=memory.x, memory_segments=memory.seen_by(len(own)), keys=keys)

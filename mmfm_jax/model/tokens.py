@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from mmfm_jax.data.batch import Array
 from mmfm_jax.model.flash import Segments
+from mmfm_jax.parallel.sharding import lacking
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Tokens:
         place = 1 + jnp.arange(len(self.segment))[:, None] % studies
         segment = jnp.where(self.present, place, 0).reshape(-1, studies * self.segment.shape[1])
         return Tokens(self.x.reshape(len(segment), -1, self.x.shape[-1]), segment, studies)
+
+    def padded(self) -> Tokens:
+        """With absent tokens behind, as many as it takes for the mesh in force to split them all."""
+        behind = (0, 0), (0, lacking("tokens", self.x.shape[1]))
+        return Tokens(jnp.pad(self.x, (*behind, (0, 0))), jnp.pad(self.segment, behind), self.studies)
 
     def seen_by(self, queries: int) -> Segments:
         """For attention of `queries` queries of each study, side by side in the rows of these tokens."""

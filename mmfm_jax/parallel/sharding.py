@@ -47,6 +47,12 @@ def split_over(axis: str, size: int, mesh: Mesh | AbstractMesh) -> bool:
     return ways > 1 and size % ways == 0
 
 
+def lacking(axis: str, size: int) -> int:
+    """How many more of a logical axis it takes for the mesh in force to divide them; without a mesh none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 0 if mesh.empty else -size % math.prod(mesh.shape[name] for name in RULES[axis])
+
+
 def constrain(x: Any, *axes: str | None) -> jax.Array:
     """Keeps an activation split along its logical axes; without a mesh (`jax.set_mesh`) it returns `x`."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -167,11 +167,11 @@ class Masked(Task):
         if self.columns is not None:
             own = self.query.all[len(self.shapes) + len(self.fields) :]
             queries.append(_of_all(jnp.broadcast_to(own, (len(latents), *own.shape))))
-        joined = join(queries)
+        joined = join(queries).padded()
         joined = replace(joined, x=joined.x.astype(latents.dtype))
         decoded = self.decoder(joined, latents).astype(jnp.float32)
         lengths = [query.in_rows_of(joined.studies).x.shape[1] for query in queries]
-        answers = jnp.split(decoded, np.cumsum(lengths)[:-1], axis=1)
+        *answers, _ = jnp.split(decoded, np.cumsum(lengths), axis=1)  # padding comes last
         return [answer.reshape(*query.x.shape[:2], -1) for answer, query in zip(answers, queries)]
 
     def _score(self, answers: list[jax.Array], masks: Masks, batch: Batch) -> dict[str, Mean]:

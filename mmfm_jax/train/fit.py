@@ -1,6 +1,7 @@
 """Whether an experiment fits a mesh, asked before anything is read or compiled.
 
 An axis that the mesh does not divide would stay whole on every device, which is right and wastes the mesh in silence.
+Tokens that are joined are not asked for: they are padded (`Tokens.padded`).
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from mmfm_jax.data.batch import (
 )
 from mmfm_jax.data.feed.augment import Strength, augment_images, augment_packed, per_voxel
 from mmfm_jax.data.feed.resample import resample
+from mmfm_jax.parallel.sharding import constrain
 
 
 def prepare(
@@ -48,7 +49,7 @@ def prepare(
         packed = {role: augment_packed(part, spec.images[role], strength, keys[role]) for role, part in packed.items()}
     return replace(
         batch,
-        images=images,
+        images=in_slabs(images, spec),
         texts={field: _text(part) for field, part in batch.texts.items()},
         table=_table(batch.table, spec),
         labels={
@@ -56,6 +57,23 @@ def prepare(
         },
         packed=packed,
     )
+
+
+def in_slabs(images: dict[str, ImagePart], spec: InputSpec) -> dict[str, ImagePart]:
+    """Volumes split over the mesh as their tokens will be, where it divides these: in slabs of whole patches along the
+    first axis that has more than one. What is done to each voxel by itself before is then done to a slab a device.
+
+    A batch comes split by study alone, so every device of a ring holds the raw volume whole; nothing else need be.
+    """
+    return {role: replace(part, voxels=_slab(part.voxels, spec.images[role])) for role, part in images.items()}
+
+
+def _slab(voxels: Array, shape: ImageShape) -> Array:
+    axis = 1 + next((i for i, patches in enumerate(shape.grid) if patches > 1), 0)
+    sizes, axes = list(voxels.shape), ["batch", *[None] * 4]
+    sizes[axis : axis + 1] = shape.grid[axis - 1], shape.patch[axis - 1]
+    axes[axis : axis + 1] = "tokens", None
+    return constrain(voxels.reshape(sizes), *axes).reshape(voxels.shape)
 
 
 def _text(part: TextPart) -> TextPart:
