@@ -21,6 +21,7 @@ from mmfm_jax.errors import UserError
 from mmfm_jax.evaluate import evaluate as module
 from mmfm_jax.evaluate.plain import read_plain
 from mmfm_jax.experiment import validate
+from mmfm_jax.metrics import baselines as fitting
 from mmfm_jax.metrics.statistics import chance, measure
 from mmfm_jax.train.checkpoint import TrainedRun
 from mmfm_jax.train.learner import Learner
@@ -85,6 +86,15 @@ def study(number):
         parts |= {"images": {}, "labels": {}}
     patient = number // 2
     return Study(patient=f"{patient:032x}", split="test" if patient % 2 else "train", **parts)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_fits():
+    """Cross-validation of one strength on two folds: which is chosen is tested with the baselines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "STRENGTHS", (1.0,))
+        patch.setattr(fitting, "FOLDS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
