@@ -6,6 +6,7 @@ import pytest
 from mmfm_jax.data.feed.example import Samples
 from mmfm_jax.data.feed.spec import make_spec
 from mmfm_jax.data.feed.tokenizer import Tokenizer
+from mmfm_jax.data.split import share_of
 from mmfm_jax.data.store.study_store import DamagedImage, StudyStore
 from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.data.study import ColumnSpec, Image, ImageSpec, Schema, Study
@@ -119,6 +120,8 @@ def test_rows_are_drawn_by_patient_and_nested(held):
     assert (len(few), len(more)) == (5, 9) and set(few) < set(more) < set(every)
     assert (np.diff(more) > 0).all()
     np.testing.assert_array_equal(drawn_rows(store, "train", len(every)), every)
+    place = {int(row): share_of(str(patient)) for row, patient in zip(every, store.patients(every))}
+    assert max(place[row] for row in few) <= min(place[row] for row in every if row not in few)
 
 
 def test_of_a_large_image_the_middle_is_looked_at(held, monkeypatch):
