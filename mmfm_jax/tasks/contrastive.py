@@ -166,6 +166,7 @@ class Contrastive(Task):
             tuple(shown for of in found for shown in of.exhibits),
             tuple(note for of in found for note in of.notes),
             tuple(label for of in found for label in of.answered),
+            tuple(said for of in found for said in of.headlines),
         )
 
     def _retrieval(self, sides: dict[str, Side], held_out: HeldOut) -> Findings:

@@ -279,13 +279,14 @@ def test_labels_are_probed_where_no_task_learns_one_and_blind_to_the_text_that_s
     assert not any("minus_told" in name or "spiculation/baseline_sentences" in name for name in measures)
 
 
-def test_the_headline_names_the_strongest_baseline(run):
+@pytest.mark.parametrize(("label", "ours"), [("malignancy", "fused"), ("spiculation", "zero_shot")])
+def test_the_headline_names_the_strongest_baseline(run, label, ours):
     folder, result, printed = run
     measures = result.findings.measures
-    baselines = {n.split("/")[1]: m for n, m in measures.items() if n.startswith("malignancy/baseline_")}
+    baselines = {n.split("/")[1]: m for n, m in measures.items() if n.startswith(f"{label}/baseline_")}
     strongest = max(baselines, key=lambda name: baselines[name].value)
-    (headline,) = (said for said in result.findings.headlines if said.startswith("malignancy:"))
-    less = measures[f"malignancy/fused_minus_{strongest}/auroc"]
+    (headline,) = (said for said in result.findings.headlines if said.startswith(f"{label}: AUROC of {ours}"))
+    less = measures[f"{label}/{ours}_minus_{strongest}/auroc"]
     assert f"strongest baseline, {strongest.removeprefix('baseline_')}, {baselines[strongest].value:.3f}" in headline
     assert f"{less.value:.3f} ({less.low:.3f} to {less.high:.3f})" in headline
     page = (folder / "report.html").read_text()

@@ -109,7 +109,10 @@ def test_rematerialised_and_whole_have_the_same_gradient(precision):
     keys, found = jax.random.split(jax.random.key(0), 2), []
     for remat in ("none", "full"):
         graph, params = stack(precision, remat)
-        loss = lambda p, graph=graph: jnp.square(nnx.merge(graph, p)(x, keys=keys) - 1).sum()  # noqa: E731
+
+        def loss(params, graph=graph):
+            return jnp.square(nnx.merge(graph, params)(x, keys=keys) - 1).sum()
+
         found.append(jax.jit(jax.grad(loss))(params))
     for one, other in zip(*map(jax.tree.leaves, found)):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
