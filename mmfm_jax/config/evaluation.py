@@ -22,6 +22,9 @@ class EvaluateConfig(Config):
     fit_studies: PositiveInt = 20_000
     """Training studies that probes and baselines are fitted on, at most: those of the patients of the lowest keyed
     hash."""
+    max_texts: PositiveInt = 8
+    """Of a study with several texts of a field, so many are given, one after the other, and what is predicted is
+    averaged; the first alone is measured beside it."""
     untrained: bool = True
     """Also probes the model as it was before its training, which takes its parameters' memory once more."""
     recall_at: tuple[PositiveInt, ...] = (1, 5, 10)

@@ -23,7 +23,7 @@ from mmfm_jax.errors import UserError
 from mmfm_jax.evaluate.pictures import middle_slice
 from mmfm_jax.evaluate.plain import drawn_rows, read_plain
 from mmfm_jax.evaluate.report import write_report
-from mmfm_jax.evaluate.splits import OfTexts, collect, extractor
+from mmfm_jax.evaluate.splits import FurtherTexts, OfTexts, collect, extractor
 from mmfm_jax.metrics.baselines import RESERVED, baselines, linear_probes
 from mmfm_jax.metrics.bootstrap import Bootstrap
 from mmfm_jax.metrics.findings import Exhibit, Findings, Forest
@@ -35,7 +35,7 @@ from mmfm_jax.train import folder
 from mmfm_jax.train.checkpoint import TrainedRun, load_run
 from mmfm_jax.train.state import initial_learner
 
-TRAIN = "train"
+TRAIN, VALIDATION = "train", "validation"
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
         batches = evaluation_batches(
             samples, name, batch_size, np.arange(batch_size), workers=experiment.data.workers, studies=rows
         )
+        further = FurtherTexts(samples.readings, spec, trained.tokenizer, config.max_texts) if spec.texts else None
         progress = track(batches, f"{name} studies", -(-len(rows) // batch_size), console=console, transient=True)
-        return collect(extract, progress, store.patients, ask)
+        return collect(extract, progress, store.patients, ask, further)
 
     test = split(config.split, store.rows(config.split))
     columns = tuple(dict.fromkeys([*experiment.inputs.columns, *(c for b in config.baselines.values() for c in b)]))
@@ -105,6 +106,16 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
     @functools.cache
     def train() -> Split:
         return split(TRAIN, drawn_rows(store, TRAIN, config.fit_studies), ask=False)
+
+    @functools.cache
+    def validation() -> Split | None:
+        if config.split == VALIDATION:
+            return None
+        try:
+            held = drawn_rows(store, VALIDATION, config.fit_studies)
+        except UserError:  # the store has no such split
+            return None
+        return split(VALIDATION, held)
 
     @functools.cache
     def plain():
@@ -141,6 +152,9 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
         return HeldOut(
             test=test,
             predicted=test.predicted.get(task, {}),
+            all_texts=test.all_texts.get(task, {}),
+            validation=validation,
+            task=task,
             classes=spec.labels,
             bootstrap=bootstrap,
             seed=experiment.seed,

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 from mmfm_jax.data.batch import PAD, Batch, ImagePart, InputSpec, LabelPart, TablePart, TextPart
 from mmfm_jax.data.feed.example import digest
@@ -23,10 +25,14 @@ from mmfm_jax.tasks.base import Views
 from mmfm_jax.train.learner import Learner
 
 
-def extractor(learner: Learner, spec: InputSpec, untrained: Learner | None = None) -> Callable[[Batch, bool], dict]:
-    """The function from a host batch, and whether tasks are asked too, to `fused`, `predicted` and `untrained` of its
-    studies (see Split), on all local devices. `untrained`: the learner before its training; without it nothing is said
-    of it.
+class Extract(Protocol):
+    def __call__(self, batch: Batch, ask: bool, alone: bool = False) -> dict: ...
+
+
+def extractor(learner: Learner, spec: InputSpec, untrained: Learner | None = None) -> Extract:
+    """The function from a host batch to `fused`, `predicted` and `untrained` of its studies (see Split), on all local
+    devices. `untrained`: the learner before its training; without it nothing is said of it. Beside the batch it is told
+    whether tasks are asked, and whether they alone are.
 
     The number of studies of a batch must be a multiple of the number of local devices.
     """
@@ -49,8 +55,10 @@ def extractor(learner: Learner, spec: InputSpec, untrained: Learner | None = Non
         learner, seen = seen_by(state, batch)
         return fused(seen), {name: task.predict(seen) for name, task in learner.tasks.items() if ask}
 
-    def run(batch: Batch, ask: bool) -> dict:
+    def run(batch: Batch, ask: bool, alone: bool = False) -> dict:
         given = jax.device_put(batch, by_study)
+        if alone:
+            return {"predicted": jax.device_get(extract(state, given, ask=True)[1])}
         found, predicted = jax.device_get(extract(state, given, ask=ask))
         unlearnt = jax.device_get(extract(before, given, ask=False)[0]) if before is not None else []
         return {"fused": dict(zip(views, found)), "predicted": predicted, "untrained": dict(zip(views, unlearnt))}
@@ -58,14 +66,22 @@ def extractor(learner: Learner, spec: InputSpec, untrained: Learner | None = Non
     return run
 
 
+Further = Callable[[Batch], Iterable[tuple[dict[str, TextPart], Bool[np.ndarray, "batch"]]]]
+
+
 def collect(
-    extract: Callable[[Batch, bool], dict], batches: Iterable[Batch], patients: Callable, ask: bool = True
+    extract: Extract,
+    batches: Iterable[Batch],
+    patients: Callable,
+    ask: bool = True,
+    further: Further | None = None,
 ) -> Split:
     """Runs `extract` over a split and joins its batches; `patients(rows)` gives the patient of each row.
 
-    Unless tasks are asked, `predicted` and `same` are empty: they are for what tasks say of held-out studies.
+    Unless tasks are asked, `predicted` and `same` are empty: they are for what tasks say of held-out studies. `further`
+    (see FurtherTexts) gives the texts of a batch beyond its first ones, and which studies have them, for `all_texts`.
     """
-    parts, rows, labels, contents = [], [], [], []
+    parts, rows, labels, contents, means, several = [], [], [], [], [], False
     for batch in batches:
         real = np.asarray(batch.study) >= 0  # the last batch is padded
         found = extract(batch, ask)
@@ -75,6 +91,13 @@ def collect(
                 jax.tree.map(operator.itemgetter(real), found["predicted"]),
             )
         )
+        if ask and further is not None:
+            total, count = found["predicted"], np.ones(len(real))
+            for texts, held in further(batch):
+                again, several = extract(replace(batch, texts=texts), True, True)["predicted"], True
+                total = jax.tree.map(lambda total, one: _added(total, one, held), total, again)
+                count = count + held
+            means.append(jax.tree.map(lambda total: _over(total, count)[real], total))
         rows.append(batch.study[real])
         labels.append({k: np.where(part.present, part.value, -1)[real] for k, part in batch.labels.items()})
         contents.append({k: _digests(part, real) for k, part in _modalities(batch).items() if ask})
@@ -86,7 +109,21 @@ def collect(
         predicted=_concatenate([predicted for *_, predicted in parts]),
         same={k: np.unique(v, return_inverse=True)[1] for k, v in _concatenate(contents).items()},
         untrained=_by_view([untrained for _, untrained, _ in parts]),
+        all_texts=_concatenate(means) if several else {},
     )
+
+
+def _added(total: np.ndarray, one: np.ndarray, held: Bool[np.ndarray, "batch"]) -> np.ndarray:
+    """Sums of what is measured; what is told (whole numbers, yes or no) stays that of the first text."""
+    if not np.issubdtype(one.dtype, np.floating):
+        return total
+    return total + np.where(held.reshape(-1, *[1] * (one.ndim - 1)), one, 0)
+
+
+def _over(total: np.ndarray, count: Float[np.ndarray, "batch"]) -> np.ndarray:
+    if not np.issubdtype(total.dtype, np.floating):
+        return total
+    return (total / count.reshape(-1, *[1] * (total.ndim - 1))).astype(total.dtype)
 
 
 def _by_view(parts: list[dict[View, np.ndarray]]) -> dict[View, np.ndarray]:
@@ -127,6 +164,22 @@ def text_parts(spec: InputSpec, tokenizer: Tokenizer, words: Sequence[Words]) ->
                 tokens[i], digests[i] = tokenizer.encode(of_study[field], length), digest(of_study[field])
         parts[field] = TextPart(tokens, (tokens != PAD).any(axis=1), digests)
     return parts
+
+
+class FurtherTexts:
+    """The texts of the studies of a batch, one after the other: the second of every field, then the third, and so on.
+    A field without one more shows its first."""
+
+    def __init__(self, readings: Callable[[int], list[Words]], spec: InputSpec, tokenizer: Tokenizer, most: int):
+        """`readings` gives the words of a row of the store, at most `most` of which are given."""
+        self._readings, self._spec, self._tokenizer, self._most = readings, spec, tokenizer, most
+
+    def __call__(self, batch: Batch) -> Iterator[tuple[dict[str, TextPart], Bool[np.ndarray, "batch"]]]:
+        """The texts, and which studies have them."""
+        readings = [self._readings(int(row)) if row >= 0 else [] for row in np.asarray(batch.study)]
+        for i in range(1, min(max(map(len, readings), default=0), self._most)):
+            words = [of_study[0] | of_study[i] if i < len(of_study) else {} for of_study in readings]
+            yield text_parts(self._spec, self._tokenizer, words), np.array([i < len(held) for held in readings])
 
 
 class OfTexts:

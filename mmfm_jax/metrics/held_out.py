@@ -47,6 +47,9 @@ class Split:
     """By modality: studies whose inputs are identical share a value."""
     untrained: dict[View, Float[np.ndarray, "study width"]] = field(default_factory=dict)
     """As `fused`, of the model before its training; empty where that is not asked for."""
+    all_texts: dict[str, dict[str, Shaped[np.ndarray, "study *value"]]] = field(default_factory=dict)
+    """As `predicted`, each the mean over a study's texts, given one after the other; empty where no study of the split
+    has several."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,13 @@ class HeldOut:
 
     test: Split
     predicted: dict[str, Shaped[np.ndarray, "study *value"]]
-    """The task's own of the test split, by name."""
+    """The task's own of the test split, by name, given the first text of each field."""
+    all_texts: dict[str, Shaped[np.ndarray, "study *value"]]
+    """Likewise, the mean over what is predicted with each of a study's texts; empty where no study has several."""
+    validation: Callable[[], Split | None]
+    """The studies that training was watched on: neither learnt from nor measured. None where there are none."""
+    task: str
+    """The name under which splits hold what the task predicts."""
     classes: dict[str, tuple[str, ...]]
     """Of each label of the store."""
     bootstrap: Bootstrap

@@ -13,16 +13,26 @@ from mmfm_jax.metrics.findings import Exhibit, Findings, Forest, Panel
 from mmfm_jax.metrics.held_out import HeldOut, LogProbability
 from mmfm_jax.metrics.statistics import (
     ClassAuroc,
+    Confidence,
     Measure,
     Statistic,
     Weights,
     calibration_error,
     confidence,
+    tempered,
 )
 
 BASELINE = "baseline_"
 TOLD = "told_"  # what reads a text that states the label: no baseline, for it is given the answer
 UNTRAINED = "untrained_"  # probes of the model before its training
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Fitted on validation studies that carry the label, so many."""
+
+    value: float
+    studies: int
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,8 @@ class Predictions:
     """The predictor whose gain over the baselines, and over the model before its training, is measured; empty: none."""
     calibrated: bool = True
     """Whether the headline gives probabilities, whose calibration is measured."""
+    temperature: Temperature | None = None
+    """What the headline's logits are divided by where its calibration is measured once more."""
 
     @property
     def measurable(self) -> bool:
@@ -52,11 +64,19 @@ class Predictions:
                 gain = functools.partial(_difference, aurocs[self.headline], aurocs[name])
                 measures[f"{self.headline}_minus_{name}/auroc"] = bootstrap(gain, self.patients)
         if self.headline in aurocs and self.calibrated:
-            claimed = confidence(self.by_predictor[self.headline], self.label)
-            measures[f"{self.headline}/calibration_error"] = bootstrap(
-                functools.partial(calibration_error, claimed), self.patients
-            )
+            measures[f"{self.headline}/calibration_error"] = self._calibration_error(1.0, bootstrap)
+            if fitted := self.temperature:
+                error = self._calibration_error(fitted.value, bootstrap)
+                measures[f"{self.headline}/tempered_calibration_error"] = error
+                measures[f"{self.headline}/temperature"] = Measure(fitted.value, None, None, fitted.studies)
         return measures
+
+    def claimed(self, temperature: float) -> Confidence:
+        """What the headline claims, its logits divided by `temperature`."""
+        return confidence(tempered(self.by_predictor[self.headline], temperature), self.label)
+
+    def _calibration_error(self, temperature: float, bootstrap: Bootstrap) -> Measure:
+        return bootstrap(functools.partial(calibration_error, self.claimed(temperature)), self.patients)
 
     def strongest_baseline(self, measures: dict[str, Measure]) -> str | None:
         """That of the highest AUROC on the studies that are measured, which favours it a little."""
@@ -92,10 +112,12 @@ def tell(
     headline: str = "",
     measured: Bool[np.ndarray, "study"] | None = None,
     calibrated: bool = True,
+    temperature: Temperature | None = None,
 ) -> Findings:
     """What predictors of a label are worth on the test studies that carry it, among the `measured` ones if given.
 
-    `name` stands in front of the measures; `scores`: by predictor, log-probabilities of all test studies.
+    `name` stands in front of the measures; `scores`: by predictor, log-probabilities of all test studies;
+    `temperature`: of the headline, fitted elsewhere.
     """
     test = held_out.test
     kept = test.labels[label] >= 0
@@ -108,6 +130,7 @@ def tell(
         {predictor: of[kept] for predictor, of in scores.items()},
         headline,
         calibrated,
+        temperature,
     )
     if not predictions.measurable:
         note = f"{name} is left out: the {held_out.split} studies that carry it are not of two classes or more."
@@ -144,7 +167,8 @@ def _exhibits(
         shown.append(
             Panel(
                 "Calibration",
-                "Of studies given a probability, the share that had the class; on the dotted line claims come true.",
+                "Of studies given a probability, the share that had the class; on the dotted line claims come true."
+                + " With a temperature fitted on validation patients." * (predictions.temperature is not None),
                 f"Calibration of {name}",
                 functools.partial(_calibration, name, predictions),
             )
@@ -161,7 +185,8 @@ def _roc(name: str, predictions: Predictions, strongest: str | None):
 def _calibration(name: str, predictions: Predictions):
     from mmfm_jax.metrics import figures
 
-    claimed = confidence(predictions.by_predictor[predictions.headline], predictions.label)
+    fitted = predictions.temperature
+    claimed = predictions.claimed(fitted.value if fitted else 1.0)
     return figures.calibration(claimed, f"{name}, {predictions.headline}")
 
 

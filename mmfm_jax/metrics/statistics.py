@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped
@@ -178,6 +179,32 @@ def calibration_error(claimed: Confidence, weights: Weights) -> Float[np.ndarray
     gap = claimed.probability - claimed.outcome
     by_bin = (claimed.bin[:, None] == np.arange(CALIBRATION_BINS)) * gap[:, None]
     return np.abs(weights @ by_bin).sum(axis=1) / weights.sum(axis=1)
+
+
+def tempered(
+    log_probability: Float[np.ndarray, "study label_class"], temperature: float
+) -> Float[np.ndarray, "study label_class"]:
+    """Log-probabilities of a softmax whose logits are divided by `temperature`; 1 normalises them."""
+    scaled = log_probability.astype(np.float64) / temperature
+    return scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True)
+
+
+def fitted_temperature(
+    log_probability: Float[np.ndarray, "study label_class"], label: Int[np.ndarray, "study"]
+) -> float:
+    """The temperature of the smallest cross-entropy (arXiv:1706.04599), between 0.05 and 20; 1 where the studies are
+    not of two classes, or what is claimed of one is not finite."""
+    from scipy.optimize import minimize_scalar
+
+    if len(np.unique(label)) < 2 or not np.isfinite(log_probability).all():
+        return 1.0
+
+    def cross_entropy(log_temperature: float) -> float:
+        of_class = tempered(log_probability, np.exp(log_temperature))
+        return -float(of_class[np.arange(len(label)), label].mean())
+
+    found: Any = minimize_scalar(cross_entropy, bounds=np.log([0.05, 20.0]), method="bounded")
+    return float(np.exp(found.x))
 
 
 # ---------------------------------------------------------------- averages

@@ -17,10 +17,14 @@ from mmfm_jax.errors import UserError
 from mmfm_jax.losses.mean import Mean
 from mmfm_jax.metrics.findings import Findings
 from mmfm_jax.metrics.held_out import HeldOut, view_name, views_of
-from mmfm_jax.metrics.label import tell
+from mmfm_jax.metrics.label import Temperature, tell
+from mmfm_jax.metrics.statistics import fitted_temperature, tempered
 from mmfm_jax.model.layers import Linear, RMSNorm
 from mmfm_jax.model.regularise import dropped
 from mmfm_jax.tasks.base import Losses, Needs, Task, TaskConfig, Views
+
+FIRST_TEXT = "first_text"
+"""Follows the name of a view that is given one text of each field, where others are given all, one after the other."""
 
 
 class ClassificationConfig(TaskConfig):
@@ -81,6 +85,20 @@ class Classification(Task):
 
     def measure(self, held_out: HeldOut) -> Findings:
         """AUROC of the head on each view beside probes and baselines. Headline is the view that it learnt from."""
-        fitted = held_out.fitted(self.config.label, self.denied)
-        scores = {**held_out.predicted, **fitted}
-        return tell(self.config.label, self.config.label, scores, held_out, headline=view_name(self.denied))
+        label, headline = self.config.label, view_name(self.denied)
+        given = held_out.all_texts or held_out.predicted
+        scores = {name: tempered(of, 1.0) for name, of in given.items()}
+        if held_out.all_texts and "text" not in self.denied:
+            scores[f"{headline}_{FIRST_TEXT}"] = held_out.predicted[headline]
+        scores |= held_out.fitted(label, self.denied)
+        return tell(label, label, scores, held_out, headline, temperature=self._temperature(held_out))
+
+    def _temperature(self, held_out: HeldOut) -> Temperature | None:
+        """Of the headline; None without a validation study that carries the label."""
+        validation = held_out.validation()
+        if validation is None:
+            return None
+        given, label = validation.all_texts or validation.predicted, validation.labels[self.config.label]
+        held = label >= 0
+        claimed = given[held_out.task][view_name(self.denied)][held]
+        return Temperature(fitted_temperature(claimed, label[held]), int(held.sum())) if held.any() else None

@@ -11,7 +11,7 @@ from flax import nnx
 
 from mmfm_jax.data.batch import Batch, ImagePart, ImageShape, InputSpec, LabelPart, NumberStats, TablePart, TextPart
 from mmfm_jax.data.feed.tokenizer import Tokenizer
-from mmfm_jax.evaluate.splits import OfTexts, collect, extractor
+from mmfm_jax.evaluate.splits import FurtherTexts, OfTexts, collect, extractor, text_parts
 from mmfm_jax.experiment import validate
 from mmfm_jax.metrics.bootstrap import Bootstrap
 from mmfm_jax.metrics.held_out import HeldOut, views_of
@@ -172,6 +172,10 @@ def test_features_do_not_depend_on_the_number_of_devices(learner, spec, extract,
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def further(spec, tokenizer, readings, most=8):
+    return FurtherTexts(lambda row: readings[row - 10], spec, tokenizer, most)
+
+
 def held_out(learner, spec, tokenizer, seen, readings) -> HeldOut:
     """The evaluation that the contrastive task sees; nothing is fitted and no picture is taken."""
 
@@ -180,7 +184,7 @@ def held_out(learner, spec, tokenizer, seen, readings) -> HeldOut:
 
     of_texts = OfTexts(learner, spec, tokenizer, 5)  # 12 readings: batches are cut anywhere
     return HeldOut(
-        seen, seen.predicted["image_text"], spec.labels, Bootstrap(10, 0), 0, "test", (1,), 9, nothing,
+        seen, seen.predicted["image_text"], seen.all_texts.get("image_text", {}), nothing, "image_text", spec.labels, Bootstrap(10, 0), 0, "test", (1,), 9, nothing,
         functools.partial(of_texts, "image_text"), of_texts.tokens, "report", lambda: readings, nothing,
     )  # fmt: skip
 
@@ -193,16 +197,34 @@ def text_side(learner, spec, tokenizer, seen, readings) -> Side:
 
 
 def test_the_text_of_a_study_is_the_mean_of_its_readings(learner, spec, extract, tokenizer):
-    seen = collect(extract, [batch(tokenizer)], names)
     round_, lobed = ({"report": text} for text in ("a round nodule", "a lobed mass"))
-    readings = [[round_], [lobed], [round_, lobed], [lobed, round_], [lobed, lobed, round_], [round_] * 2, [lobed], []]
+    readings = [[round_], [lobed], [round_, lobed], [lobed, round_], [round_, lobed, lobed], [lobed] * 2, [round_], []]
+    seen = collect(extract, [batch(tokenizer)], names, further=further(spec, tokenizer, readings))
     found = text_side(learner, spec, tokenizer, seen, readings)
     one, other = OfTexts(learner, spec, tokenizer, 2)("image_text", [round_, lobed], ("text",))["text"]
     sums = [one, other, one + other, one + other, 2 * other + one]
     expected = np.stack([total / np.linalg.norm(total) for total in sums])
     np.testing.assert_allclose(found.vectors[:5], expected, atol=1e-5)
     alike = found.same
-    assert alike[2] == alike[3] and alike[1] == alike[6] and len(set(alike)) == 6
+    assert alike[2] == alike[3] and alike[0] == alike[6] and len(set(alike)) == 6
+
+
+def test_a_head_is_given_all_texts_of_a_study_one_after_the_other(spec, extract, tokenizer):
+    """Study 0 has two texts, study 1 has three, of which two are asked for, the others have one."""
+    round_, lobed = ({"report": text} for text in ("a round nodule", "a lobed mass"))
+    readings = [[round_, lobed], [lobed, lobed, round_]] + [[round_], [lobed]] * 3
+    found = collect(extract, [batch(tokenizer)], names, further=further(spec, tokenizer, readings, most=2))
+    other = batch(tokenizer)
+    swapped = collect(extract, [dataclasses.replace(other, texts=text_parts(spec, tokenizer, [lobed] * 8))], names)
+    for view, first in found.predicted["diagnosis"].items():
+        expected = np.array(first)
+        expected[:2] = (first[:2] + swapped.predicted["diagnosis"][view][:2]) / 2
+        np.testing.assert_allclose(found.all_texts["diagnosis"][view], expected, atol=1e-5)
+        assert (np.abs(expected - first).max() > 1e-4) == ("text" not in view)
+    present = found.all_texts["image_text"]["text_present"]
+    assert present.dtype == bool and present.all()
+    alone = further(spec, tokenizer, readings, most=1)
+    assert not collect(extract, [batch(tokenizer)], names, further=alone).all_texts
 
 
 def test_studies_of_one_reading_each_are_left_as_they_are(learner, spec, extract, tokenizer):

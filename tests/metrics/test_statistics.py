@@ -100,6 +100,28 @@ def test_calibration_error_equals_a_plain_loop(seed, n):
         assert value == pytest.approx(expected)
 
 
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10_000), classes=st.integers(2, 4), true=st.floats(0.2, 8))
+def test_the_temperature_of_claims_that_are_too_sure_is_found(seed, classes, true):
+    """Labels drawn by a softmax whose logits the claims give `true` times."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 1.5, (20_000, classes))
+    probability = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    label = (probability.cumsum(axis=1) < rng.random((len(logits), 1))).sum(axis=1)
+    label = np.minimum(label, classes - 1)
+    claimed = metrics.tempered(logits, 1 / true)
+    np.testing.assert_allclose(np.exp(claimed).sum(axis=1), 1)
+    found = metrics.fitted_temperature(claimed, label)
+    assert found == pytest.approx(true, rel=0.1)
+    np.testing.assert_allclose(np.exp(metrics.tempered(claimed, true)), probability, atol=1e-9)
+    np.testing.assert_array_equal(claimed.argmax(axis=1), metrics.tempered(claimed, found).argmax(axis=1))
+
+
+@pytest.mark.parametrize("claimed, label", [(np.zeros((3, 2)), [1, 1, 1]), (np.full((2, 2), np.nan), [0, 1])])
+def test_no_temperature_is_fitted_on_one_class_or_to_nan(claimed, label):
+    assert metrics.fitted_temperature(claimed, np.array(label)) == 1.0
+
+
 def test_confidence_is_of_the_second_of_two_classes_and_of_the_likeliest_of_many():
     two = metrics.confidence(np.log([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 1]))
     np.testing.assert_allclose(two.probability, [0.1, 0.8])
