@@ -191,7 +191,7 @@ class Material:
 
 @pytest.fixture(scope="session")
 def material(make_experiment) -> Material:
-    experiment = make_experiment({"tasks.caption": CAPTION})
+    experiment = make_experiment({"tasks.caption": CAPTION, "tasks.numbers": {"kind": "image_numbers"}})
     store = StudyStore.open(experiment.data.store)
     tokenizer = Tokenizer.train(store.texts(store.rows("train")), experiment.data.vocabulary_size)
     spec = make_spec(experiment.inputs, store.schema, store.stats, tokenizer)

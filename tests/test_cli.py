@@ -42,7 +42,7 @@ def test_the_schema_is_one_an_editor_can_use(capsys):
     schema = json.loads(capsys.readouterr().out)
     assert schema["additionalProperties"] is False
     kinds = schema["properties"]["tasks"]["additionalProperties"]["discriminator"]["mapping"]
-    assert set(kinds) == {"contrastive", "masked", "classification", "caption"}
+    assert set(kinds) == {"contrastive", "masked", "classification", "caption", "image_numbers"}
 
 
 def test_the_committed_schema_is_current(capsys):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Shaped
 
 from mmfm_jax.data.batch import PAD, Batch, ImagePart, InputSpec, LabelPart, TablePart, TextPart
 from mmfm_jax.data.feed.example import digest
@@ -92,12 +92,12 @@ def collect(
             )
         )
         if ask and further is not None:
-            total, count = found["predicted"], np.ones(len(real))
-            for texts, held in further(batch):
-                again, several = extract(replace(batch, texts=texts), True, True)["predicted"], True
-                total = jax.tree.map(lambda total, one: _added(total, one, held), total, again)
-                count = count + held
-            means.append(jax.tree.map(lambda total: _over(total, count)[real], total))
+            asked = [
+                (extract(replace(batch, texts=texts), True, True)["predicted"], held) for texts, held in further(batch)
+            ]
+            several = several or bool(asked)
+            mean = _over_texts(found["predicted"], asked)
+            means.append(jax.tree.map(operator.itemgetter(real), mean))
         rows.append(batch.study[real])
         labels.append({k: np.where(part.present, part.value, -1)[real] for k, part in batch.labels.items()})
         contents.append({k: _digests(part, real) for k, part in _modalities(batch).items() if ask})
@@ -113,17 +113,20 @@ def collect(
     )
 
 
-def _added(total: np.ndarray, one: np.ndarray, held: Bool[np.ndarray, "batch"]) -> np.ndarray:
-    """Sums of what is measured; what is told (whole numbers, yes or no) stays that of the first text."""
-    if not np.issubdtype(one.dtype, np.floating):
-        return total
-    return total + np.where(held.reshape(-1, *[1] * (one.ndim - 1)), one, 0)
+def _over_texts(first, further: list[tuple[dict, Bool[np.ndarray, "batch"]]]):
+    """The mean of what is predicted with the first text and with the further ones of each study. What is no measure
+    (whole numbers, yes or no) stays that of the first."""
 
+    def mean(first: np.ndarray, *others: np.ndarray) -> np.ndarray:
+        if not np.issubdtype(first.dtype, np.floating):
+            return first
+        total, count = first.astype(np.float64), np.ones((len(first), *[1] * (first.ndim - 1)))
+        for other, (_, held) in zip(others, further):
+            has = held.reshape(count.shape)
+            total, count = total + np.where(has, other, 0), count + has
+        return (total / count).astype(first.dtype)
 
-def _over(total: np.ndarray, count: Float[np.ndarray, "batch"]) -> np.ndarray:
-    if not np.issubdtype(total.dtype, np.floating):
-        return total
-    return (total / count.reshape(-1, *[1] * (total.ndim - 1))).astype(total.dtype)
+    return jax.tree.map(mean, first, *(predicted for predicted, _ in further))
 
 
 def _by_view(parts: list[dict[View, np.ndarray]]) -> dict[View, np.ndarray]:

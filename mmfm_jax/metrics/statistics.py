@@ -207,6 +207,21 @@ def fitted_temperature(
     return float(np.exp(found.x))
 
 
+# ---------------------------------------------------------------- regression
+
+
+def explained_variance(
+    predicted: Float[np.ndarray, "study"], true: Float[np.ndarray, "study"], weights: Weights
+) -> Float[np.ndarray, "resample"]:
+    """R2: 1 less the squared error over the squared distance from the mean; NaN where all are alike."""
+    weights = weights.astype(np.float64)
+    count = weights.sum(axis=1)
+    mean = weights @ true / count
+    spread = weights @ np.square(true) / count - np.square(mean)
+    error = weights @ np.square(predicted - true) / count
+    return 1 - np.divide(error, spread, out=np.full(len(count), np.nan), where=spread > 1e-12)
+
+
 # ---------------------------------------------------------------- averages
 
 

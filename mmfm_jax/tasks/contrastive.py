@@ -25,10 +25,10 @@ from mmfm_jax.metrics.held_out import HeldOut
 from mmfm_jax.metrics.label import BASELINE, TOLD, tell
 from mmfm_jax.metrics.ranks import Ranks
 from mmfm_jax.metrics.retrieval import Gallery, Side, gallery, ranks_both_ways, retrieval, zero_shot
-from mmfm_jax.model.attention import Attention
-from mmfm_jax.model.layers import Linear, RMSNorm, Table
+from mmfm_jax.model.layers import Linear
 from mmfm_jax.model.multimodal import modality
 from mmfm_jax.model.parameter import parameter
+from mmfm_jax.model.pool import AttentionPool
 from mmfm_jax.model.tokens import Tokens, join
 from mmfm_jax.tasks.base import Losses, Needs, Task, TaskConfig, Views
 
@@ -87,19 +87,15 @@ class ContrastiveConfig(TaskConfig):
         return Needs(modalities={"between": self.between})
 
 
-class Pool(nnx.Module):
-    """One learned query attends to all tokens of a modality; its answer is mapped to a unit vector."""
+class Pool(AttentionPool):
+    """What a learned query sees of all tokens of a modality, as a unit vector."""
 
     def __init__(self, width: int, heads: int, embedding: int, rngs: nnx.Rngs):
-        self.query = Table(1, width, rngs, kind="token")
-        self.attend = Attention(width, heads, rngs)
-        self.norm = RMSNorm(width)
+        super().__init__(width, heads, rngs)
         self.project = Linear(width, embedding, ("width", None), rngs)
 
     def __call__(self, tokens: Tokens) -> Float[Array, "batch embedding"]:
-        query = jnp.broadcast_to(self.query.all, (len(tokens.x) * tokens.studies, *self.query.all.shape))
-        seen = self.attend(query.astype(tokens.x.dtype), tokens.x, tokens.seen_by(1))
-        pooled = self.project(self.norm(seen[:, 0])).astype(jnp.float32)
+        pooled = self.project(super().__call__(tokens)).astype(jnp.float32)
         return pooled * jax.lax.rsqrt(jnp.square(pooled).sum(axis=-1, keepdims=True) + 1e-12)
 
 

@@ -184,7 +184,8 @@ def held_out(learner, spec, tokenizer, seen, readings) -> HeldOut:
 
     of_texts = OfTexts(learner, spec, tokenizer, 5)  # 12 readings: batches are cut anywhere
     return HeldOut(
-        seen, seen.predicted["image_text"], seen.all_texts.get("image_text", {}), nothing, "image_text", spec.labels, Bootstrap(10, 0), 0, "test", (1,), 9, nothing,
+        seen, seen.predicted["image_text"], seen.all_texts.get("image_text", {}), nothing, "image_text", spec.labels,
+        Bootstrap(10, 0), 0, "test", (1,), 9, nothing,
         functools.partial(of_texts, "image_text"), of_texts.tokens, "report", lambda: readings, nothing,
     )  # fmt: skip
 

@@ -62,7 +62,7 @@ def spoil(batch, number, index):
     return dataclasses.replace(batch, images=images, texts=texts, table=table, labels=labels)
 
 
-@pytest.mark.parametrize("task", ["image_text", "image_table", "masked", "disease", "caption"])
+@pytest.mark.parametrize("task", ["image_text", "image_table", "masked", "disease", "caption", "numbers"])
 def test_what_stands_in_absent_parts_changes_neither_loss_nor_gradient(task, material, learner):
     graph, state = nnx.split(learner)
 

@@ -139,6 +139,7 @@ DENSE = {
         "disease": {"kind": "classification", "label": "disease"},
         "masked": {"kind": "masked", "depth": 1, "weights": {"text": 0.5}},
         "caption": CAPTION,
+        "numbers": {"kind": "image_numbers"},
     },
     "data.augment": {"flip": 0.0},
     "model.text.depth": 1,
