@@ -16,7 +16,7 @@ compiled = jax.jit(image_numbers)
 
 def numbers(voxels, spacing=SPACING) -> dict[str, np.ndarray]:
     """By name, unscaled; of one image [z, y, x]."""
-    found = np.asarray(compiled(voxels[None, ..., None].astype(np.float32), np.float32([spacing]))[0, 0])
+    found = np.asarray(compiled(voxels[None, ..., None].astype(np.float32), np.array([spacing], np.float32))[0, 0])
     return {name: found[i] * SCALES[name] for i, name in enumerate(NAMES)}
 
 
@@ -93,5 +93,5 @@ def test_numbers_of_empty_full_and_flat_images_are_finite_and_each_channel_has_i
 
 
 def test_numbers_of_absent_images_are_finite():
-    found = compiled(np.zeros((2, 3, 3, 3, 1), np.float32), np.float32([[1, 1, 1], [0, 0, 0]]))
+    found = compiled(np.zeros((2, 3, 3, 3, 1), np.float32), np.array([[1, 1, 1], [0, 0, 0]], np.float32))
     assert np.isfinite(np.asarray(found)).all()
