@@ -36,6 +36,7 @@ from mmfm_jax.train.checkpoint import TrainedRun, load_run
 from mmfm_jax.train.state import initial_learner
 
 TRAIN, VALIDATION = "train", "validation"
+CONTEXTS = 1_000  # training studies whose texts prompts may stand in
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,10 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
     def readings() -> list[list[Words]]:
         return [samples.readings(int(row)) for row in test.rows]
 
+    @functools.cache
+    def training_texts() -> list[Words]:
+        return [words for row in drawn_rows(store, TRAIN, CONTEXTS) for words in samples.readings(int(row))]
+
     bootstrap = Bootstrap(config.bootstrap, experiment.seed)
     texts = OfTexts(learner, spec, trained.tokenizer, config.batch_size)
 
@@ -166,6 +171,7 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
             tokens=texts.tokens,
             first_text=next(iter(spec.texts), ""),
             readings=readings,
+            training_texts=training_texts,
             picture=functools.partial(middle_slice, samples),
         )
 
@@ -223,8 +229,13 @@ def check(config: EvaluateConfig, store: Studies) -> None:
 
 
 def brief(name: str) -> bool:
-    """Whether a measure stands in the printed table: no gains, and no view but of the trained model untold."""
-    return "_minus_" not in name and not ("_without_" in name and ("untrained_" in name or "told_" in name))
+    """Whether a measure stands in the printed table: no gains, no view but of the trained model untold, and no part of
+    a measure (a name of four)."""
+    return (
+        name.count("/") < 3
+        and "_minus_" not in name
+        and not ("_without_" in name and ("untrained_" in name or "told_" in name))
+    )
 
 
 def results_table(measures: dict[str, Measure]) -> RichTable:

@@ -85,5 +85,7 @@ class HeldOut:
     """The field of texts that a prompt stands in."""
     readings: Callable[[], list[list[Words]]]
     """Of each test study, the first text of every field, then the second of every field, and so on."""
+    training_texts: Callable[[], list[Words]]
+    """Readings of some training studies, in which prompts can stand."""
     picture: Callable[[int], Slice]
     """The middle slice of the first image of a study, by its row."""

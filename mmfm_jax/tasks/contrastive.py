@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import jax
@@ -13,7 +14,7 @@ from flax import nnx
 from jaxtyping import Bool, Float, PRNGKeyArray, UInt32
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from mmfm_jax.config.base import Config
+from mmfm_jax.config.base import Config, Count
 from mmfm_jax.config.model import ModelConfig
 from mmfm_jax.data.batch import Array, Batch, InputSpec
 from mmfm_jax.errors import UserError
@@ -21,7 +22,7 @@ from mmfm_jax.losses.mean import Mean
 from mmfm_jax.losses.pairs import contrast
 from mmfm_jax.metrics.examples import Example, examples_html, first_of
 from mmfm_jax.metrics.findings import Exhibit, Findings, Forest, Passage
-from mmfm_jax.metrics.held_out import HeldOut
+from mmfm_jax.metrics.held_out import HeldOut, Words
 from mmfm_jax.metrics.label import BASELINE, TOLD, tell
 from mmfm_jax.metrics.ranks import Ranks
 from mmfm_jax.metrics.retrieval import Gallery, Side, gallery, ranks_both_ways, retrieval, zero_shot
@@ -43,6 +44,9 @@ class ZeroShot(Config):
     label: str
     positive: Annotated[tuple[str, ...], Field(min_length=1)]
     negative: Annotated[tuple[str, ...], Field(min_length=1)]
+    contexts: Count = 100
+    """Training texts in which the prompts stand, at most: of those that hold one of the prompts, with every other in
+    its place. A prompt alone is shorter than any text that was trained on. Where none holds one, all stand alone."""
 
 
 class ContrastiveConfig(TaskConfig):
@@ -206,9 +210,16 @@ class Contrastive(Task):
 
     def _answer(self, name: str, asked: ZeroShot, image: Side, held_out: HeldOut) -> Findings:
         field = held_out.first_text
-        prompts = [{field: prompt} for prompt in asked.positive + asked.negative]
-        positive, negative = np.split(held_out.of_texts(prompts, ("text",))["text"], [len(asked.positive)])
-        scores = {"zero_shot": zero_shot(image.vectors, positive, negative)}
+        prompts = asked.positive + asked.negative
+        texts = in_contexts(prompts, field, held_out.training_texts() if asked.contexts else [], asked.contexts)
+        alone = [[prompt] for prompt in prompts]
+        ways = {"zero_shot": texts} | ({"zero_shot_bare": alone} if texts != alone else {})
+        scores = {}
+        for way, of_prompt in ways.items():
+            words = [{field: text} for texts in of_prompt for text in texts]
+            vectors = held_out.of_texts(words, ("text",))["text"].reshape(len(prompts), -1, self.config.width)
+            positive, negative = np.split(vectors.mean(axis=1), [len(asked.positive)])
+            scores[way] = zero_shot(image.vectors, positive, negative)
         fitted = held_out.fitted(asked.label, frozenset())
         scores |= {key: of for key, of in fitted.items() if key.startswith((BASELINE, TOLD))}
         return tell(name, asked.label, scores, held_out, headline="zero_shot", measured=image.present, calibrated=False)
@@ -230,6 +241,19 @@ class Contrastive(Task):
             "what is compared and the first is what is shown."
         )
         return Passage("Examples", note, examples_html(shown))
+
+
+def in_contexts(prompts: Sequence[str], field: str, texts: Sequence[Words], most: int) -> list[list[str]]:
+    """Of each prompt, the texts in which it stands: the first `most` of `texts` that hold a prompt, with this one in
+    its place; or itself alone."""
+    longest = sorted(prompts, key=len, reverse=True)  # one prompt may begin another
+    found: list[tuple[str, str]] = []
+    for text in (words[field] for words in texts if field in words):
+        if len(found) == most:
+            break
+        if held := next((prompt for prompt in longest if prompt in text), None):
+            found.append((text, held))
+    return [[text.replace(held, prompt) for text, held in found] or [prompt] for prompt in prompts]
 
 
 def text_hashes(batch: Batch) -> UInt32[Array, "batch way 2"]:

@@ -21,7 +21,7 @@ from mmfm_jax.losses.image_numbers import NAMES, image_numbers
 from mmfm_jax.losses.mean import Mean
 from mmfm_jax.metrics.findings import Findings, Forest
 from mmfm_jax.metrics.held_out import HeldOut
-from mmfm_jax.metrics.statistics import explained_variance
+from mmfm_jax.metrics.statistics import Statistic, Weights, explained_variance
 from mmfm_jax.model.layers import Linear
 from mmfm_jax.model.pool import AttentionPool
 from mmfm_jax.tasks.base import Losses, Needs, Task, TaskConfig, Views
@@ -79,7 +79,7 @@ class ImageNumbers(Task):
         return found
 
     def measure(self, held_out: HeldOut) -> Findings:
-        """Share of the variance of each number that is explained: of the first channel, and the mean over all."""
+        """Share of the variance that is explained, of each number of the first channel and as their mean."""
         measures = {}
         for role in self.roles:
             kept = held_out.predicted[f"{role}_present"]
@@ -87,8 +87,18 @@ class ImageNumbers(Task):
             patients = held_out.test.patients[kept]
             if not kept.any():
                 continue
-            for i, name in enumerate(NAMES):
-                statistic = functools.partial(explained_variance, said[:, 0, i], true[:, 0, i])
+            each = [functools.partial(explained_variance, said[:, 0, i], true[:, 0, i]) for i in range(len(NAMES))]
+            measures[f"{self.name}/{role}/r2"] = held_out.bootstrap(functools.partial(_mean, each), patients)
+            for name, statistic in zip(NAMES, each):
                 measures[f"{self.name}/{role}/{name}/r2"] = held_out.bootstrap(statistic, patients)
         note = "Share of the variance of a number that the image's tokens tell; 1 is all, 0 is what the mean would do."
         return Findings(measures, (Forest("Numbers of the image", note, "share explained", measures, 0.0),))
+
+
+def _mean(statistics: list[Statistic], weights: Weights) -> Float[np.ndarray, "resample"]:
+    """Over those that are defined; NaN where none is."""
+    each = np.stack([statistic(weights) for statistic in statistics])
+    defined = np.isfinite(each)
+    count = defined.sum(axis=0)
+    total = np.where(defined, each, 0).sum(axis=0)
+    return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)

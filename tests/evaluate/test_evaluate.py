@@ -189,7 +189,7 @@ def test_report_stands_alone_and_names_no_patient_and_no_path(run, store):
 def test_training_studies_are_read_only_where_something_is_fitted_on_them(run, trained, store, monkeypatch):
     collected = []
 
-    def collect(extract, batches, patients, ask):
+    def collect(extract, batches, patients, ask, further):
         collected.append(ask)
         return run[1].test
 

@@ -186,7 +186,7 @@ def held_out(learner, spec, tokenizer, seen, readings) -> HeldOut:
     return HeldOut(
         seen, seen.predicted["image_text"], seen.all_texts.get("image_text", {}), nothing, "image_text", spec.labels,
         Bootstrap(10, 0), 0, "test", (1,), 9, nothing,
-        functools.partial(of_texts, "image_text"), of_texts.tokens, "report", lambda: readings, nothing,
+        functools.partial(of_texts, "image_text"), of_texts.tokens, "report", lambda: readings, list, nothing,
     )  # fmt: skip
 
 

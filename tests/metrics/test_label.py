@@ -37,6 +37,7 @@ def held_out(labels) -> HeldOut:
         nothing,
         "",
         nothing,
+        list,
         nothing,
     )
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import r2_score, roc_auc_score
 
 from mmfm_jax.metrics import statistics as metrics
 from mmfm_jax.metrics.bootstrap import Bootstrap
@@ -98,6 +98,18 @@ def test_calibration_error_equals_a_plain_loop(seed, n):
             if inside.any():
                 expected += inside.mean() * abs(p[inside].mean() - y[inside].mean())
         assert value == pytest.approx(expected)
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 10_000), n=st.integers(2, 30))
+def test_explained_variance_equals_scikit_learn_with_weights(seed, n):
+    rng = np.random.default_rng(seed)
+    true, predicted = rng.normal(5, 2, (2, n))
+    weights = rng.integers(1, 4, (3, n))
+    ours = metrics.explained_variance(predicted, true, weights)
+    theirs = [r2_score(true, predicted, sample_weight=of) for of in weights]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9)
+    assert np.isnan(metrics.explained_variance(predicted, np.full(n, 5.0), weights)).all()
 
 
 @settings(max_examples=10, deadline=None)

@@ -15,7 +15,7 @@ from mmfm_jax.data.feed.transforms import prepare
 from mmfm_jax.losses.pairs import contrast
 from mmfm_jax.model.multimodal import MultimodalModel
 from mmfm_jax.tasks.base import Views
-from mmfm_jax.tasks.contrastive import Contrastive, ContrastiveConfig, text_hashes
+from mmfm_jax.tasks.contrastive import Contrastive, ContrastiveConfig, in_contexts, text_hashes
 
 
 def test_both_losses_equal_those_of_torch():
@@ -87,3 +87,21 @@ def test_studies_of_one_report_are_no_negatives_whatever_sentences_are_shown(mat
             kept = here[:, None] & here[None] & (np.eye(16, dtype=bool) | ~(alike & masked))
             expected.append(np.logaddexp(0, -sign * logits)[kept].sum() / here.sum())
         np.testing.assert_allclose([loss(masked, sides), loss(masked, moved)], expected, rtol=1e-4)
+
+
+def test_prompts_stand_in_the_texts_that_hold_one_of_them():
+    prompts = ("Margin is sharp.", "Margin is sharp. Very.", "Margin is poor.")
+    texts = [
+        {"report": "Round. Margin is poor. Solid."},
+        {"report": "Nothing of the kind."},
+        {"other": "Margin is poor."},
+        {"report": "Margin is sharp. Very. End."},
+        {"report": "Margin is sharp."},
+    ]
+    first, second, third = in_contexts(prompts, "report", texts, 2)
+    assert first == ["Round. Margin is sharp. Solid.", "Margin is sharp. End."]
+    assert second == ["Round. Margin is sharp. Very. Solid.", "Margin is sharp. Very. End."]
+    assert third == ["Round. Margin is poor. Solid.", "Margin is poor. End."]
+    assert in_contexts(prompts, "report", texts, 9)[0][2:] == ["Margin is sharp."]
+    for none in (in_contexts(prompts, "report", texts, 0), in_contexts(prompts, "report", texts[1:3], 9)):
+        assert none == [[prompt] for prompt in prompts]

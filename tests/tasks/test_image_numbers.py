@@ -84,11 +84,11 @@ def test_explained_variance_is_1_of_what_is_right_and_0_of_the_mean(setting):
         split = Split(np.arange(n), np.arange(n), {}, {}, {}, {})
         seen = HeldOut(
             split, found | {"ct": said}, {}, nothing, "numbers", {}, Bootstrap(10, 0), 0, "test", (1,), 2, nothing,
-            nothing, nothing, "", nothing, nothing,
+            nothing, nothing, "", nothing, list, nothing,
         )  # fmt: skip
         return {name: m.value for name, m in task.measure(seen).measures.items()}
 
-    names = {f"numbers/ct/{name}/r2" for name in NAMES}
+    names = {"numbers/ct/r2", *(f"numbers/ct/{name}/r2" for name in NAMES)}
     right, mean = measured(target), measured(0 * target + target[present].mean(axis=0))
     assert right.keys() == names and all(value == pytest.approx(1) for value in right.values() if np.isfinite(value))
     assert all(value == pytest.approx(0, abs=1e-3) for value in mean.values() if np.isfinite(value))
