@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from scipy.sparse import csr_matrix, vstack
 
 from mmfm_jax.data.feed.example import Samples
-from mmfm_jax.data.split import share_of
 from mmfm_jax.data.store.studies import Extent, Studies
 from mmfm_jax.data.store.study_store import DamagedImage
 from mmfm_jax.metrics.bags import Bag, Piece, Readings
@@ -34,9 +33,7 @@ def drawn_rows(store: Studies, split: str, limit: int) -> Int[np.ndarray, "study
     rows = store.rows(split)
     if len(rows) <= limit:
         return rows
-    patients, of_row = np.unique(store.patients(rows), return_inverse=True)
-    place = np.array([share_of(str(patient)) for patient in patients])[of_row]
-    return rows[np.sort(np.argsort(place, kind="stable")[:limit])]
+    return rows[np.sort(np.argsort(store.shares(rows), kind="stable")[:limit])]
 
 
 def read_plain(samples: Samples, columns: Sequence[str], train: Split, test: Split) -> tuple[Plain, Plain]:

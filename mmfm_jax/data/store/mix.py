@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import sqrt
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -86,12 +87,22 @@ class StoreMix(Studies):
 
     def patients(self, rows: np.ndarray) -> np.ndarray:
         """Keyed patient hash of each row, str [rows]."""
+        return self._of_stores(lambda store, rows: store.patients(rows), rows, object).astype(str)
+
+    def shares(self, rows: np.ndarray) -> np.ndarray:
+        """Place of each row's patient among all, by hash (`share_of`), uint32 [rows]."""
+        return self._of_stores(lambda store, rows: store.shares(rows), rows, np.uint32)
+
+    def _of_stores(
+        self, ask: Callable[[StudyStore, np.ndarray], np.ndarray], rows: np.ndarray, dtype: Any
+    ) -> np.ndarray:
+        """What the store of each row answers for its own rows."""
         rows = np.asarray(rows, np.int64)
-        out = np.empty(len(rows), dtype=object)
+        out = np.empty(len(rows), dtype)
         of = np.searchsorted(self._first, rows, "right") - 1
         for number, store in enumerate(self.stores):
-            out[of == number] = store.patients(rows[of == number] - self._first[number])
-        return out.astype(str)
+            out[of == number] = ask(store, rows[of == number] - self._first[number])
+        return out
 
     def locate(self, row: int) -> tuple[StudyStore, int]:
         """The store of a study, and its row there."""

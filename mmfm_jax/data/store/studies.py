@@ -58,6 +58,10 @@ class Studies(Protocol):
         """Keyed patient hash of each row, str [rows]."""
         ...
 
+    def shares(self, rows: np.ndarray) -> np.ndarray:
+        """Place of each row's patient among all, by hash (`share_of`), uint32 [rows]."""
+        ...
+
     def source(self, row: int) -> int:
         """Which store, in the order of names, a study is of."""
         ...

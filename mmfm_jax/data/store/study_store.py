@@ -6,6 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -147,13 +148,24 @@ class StudyStore(Studies):
 
     def patients(self, rows: np.ndarray) -> np.ndarray:
         """Keyed patient hash of each row, str [rows]."""
+        return self._indexed("patient", rows, object).astype(str)
+
+    def shares(self, rows: np.ndarray) -> np.ndarray:
+        """Place of each row's patient among all, by hash (`share_of`), uint32 [rows]."""
+        if self.file.format_version >= ROWS_VERSION:
+            return self._indexed("share", rows, np.uint32)
+        patients, of_row = np.unique(self.patients(rows), return_inverse=True)
+        return np.array([share_of(str(patient)) for patient in patients], np.uint32)[of_row]
+
+    def _indexed(self, name: str, rows: np.ndarray, dtype: Any) -> np.ndarray:
+        """A column of the index at these rows."""
         rows = np.asarray(rows, np.int64)
-        out = np.empty(len(rows), dtype=object)
+        out = np.empty(len(rows), dtype)
         for part in np.unique(rows // PART_STUDIES):
             here = rows // PART_STUDIES == part
-            column = self._tables.index(int(part), ["patient"]).column("patient")
+            column = self._tables.index(int(part), [name]).column(name)
             out[here] = column.take(rows[here] % PART_STUDIES).to_numpy(zero_copy_only=False)
-        return out.astype(str)
+        return out
 
     def index(self) -> pa.Table:
         """Patient (keyed hash) and split of every study."""

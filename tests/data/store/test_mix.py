@@ -19,6 +19,7 @@ from mmfm_jax.data.feed.pipeline import batch_checksum, local_batches
 from mmfm_jax.data.feed.spec import make_spec
 from mmfm_jax.data.feed.tokenizer import Tokenizer
 from mmfm_jax.data.feed.transforms import prepare
+from mmfm_jax.data.split import share_of
 from mmfm_jax.data.store.masks import summarise
 from mmfm_jax.data.store.mix import StoreMix, open_data
 from mmfm_jax.data.store.stats import StatsBuilder
@@ -186,6 +187,7 @@ def test_a_study_of_a_mix_is_the_study_of_its_store(samples, config):
     assert sorted(rows) == [i for i, s in enumerate([*STUDIES["brain"], *STUDIES["lung"]]) if s.split == "train"]
     everyone = [s.patient for s in [*STUDIES["brain"], *STUDIES["lung"]]]
     assert samples.store.patients(rows).tolist() == [everyone[i] for i in rows]
+    assert samples.store.shares(rows).tolist() == [share_of(everyone[i]) for i in rows]
     few = [samples.store.source(int(row)) for row in rows[:9]]
     assert 0 < few.count(0) < 9  # evenly among each other
     assert len(samples.store.rows("validation")) == 10  # of one store alone

@@ -184,6 +184,7 @@ def test_the_index_is_read_from_the_first_wanted_column_on(tmp_path, monkeypatch
     assert kept.tolist() == [i for i in range(0, 30_000, 2) if share_of(many[i].patient) < 0.25 * 2**32]
     assert len(whole) == 1 and whole[0] > 0
     assert store.patients(kept).tolist() == [many[i].patient for i in kept]
+    assert store.shares(kept).tolist() == [share_of(many[i].patient) for i in kept]
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40)), max_size=60), st.integers(1, 60))

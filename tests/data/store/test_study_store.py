@@ -14,6 +14,7 @@ import tensorstore as ts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmfm_jax.data.split import share_of
 from mmfm_jax.data.store import format as store_format
 from mmfm_jax.data.store import record_files
 from mmfm_jax.data.store import rows as store_rows
@@ -56,6 +57,7 @@ def test_shards_parts_and_groups_that_split_the_studies_change_nothing(
     assert_holds(store, studies)
     rows = np.array([39, 0, 13, 12, 11])
     assert store.patients(rows).tolist() == [studies[r].patient for r in rows]
+    assert store.shares(rows).tolist() == [share_of(studies[r].patient) for r in rows]
     store.verify()
 
 
