@@ -19,14 +19,21 @@ SPLIT_KEYS = {"mmfm": "data/lidc", "another": "data/lidc-another"}  # and the st
 CASES = (("mmfm", 0), ("mmfm", 1), ("mmfm", 2), ("another", 0))
 SHOWN = (
     "malignancy/fused/auroc",
-    "malignancy/fused_without_table/auroc",
+    "malignancy/baseline_sentences_and_table/auroc",
+    "malignancy/fused_minus_baseline_sentences_and_table/auroc",
+    "malignancy/fused_first_text/auroc",
+    "malignancy/baseline_first_sentences_and_table/auroc",
+    "malignancy/fused_without_text/auroc",
+    "malignancy/fused_without_table_text/auroc",
+    "malignancy/baseline_image/auroc",
     "malignancy/baseline_diameter/auroc",
-    "malignancy/baseline_table/auroc",
-    "malignancy/fused_minus_baseline_diameter/auroc",
-    "spiculation/zero_shot/auroc",
-    "lobulation/zero_shot/auroc",
-    "margin/zero_shot/auroc",
-    "calcification/zero_shot/auroc",
+    "malignancy/fused/calibration_error",
+    "malignancy/fused/tempered_calibration_error",
+    *(
+        f"{label}/{of}/auroc"
+        for label in ("spiculation", "lobulation", "margin", "calcification")
+        for of in ("zero_shot", "baseline_image", "zero_shot_minus_baseline_image")
+    ),
     *(f"retrieval/{way}/recall@5" for way in ("image_to_text", "text_to_image", "image_to_table", "table_to_image")),
 )
 
