@@ -241,7 +241,7 @@ def brief(name: str) -> bool:
 def results_table(measures: dict[str, Measure]) -> RichTable:
     """Measures side by side with their intervals; a chance level stands in the row of what it is the chance of."""
     table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title="Held-out patients")
-    table.add_column("measure", no_wrap=True)
+    table.add_column("measure", overflow="fold")  # a narrow screen breaks names, never numbers
     for column in ("value", "95% interval", "chance", "studies"):
         table.add_column(column, justify="right", no_wrap=True)
     of = ""

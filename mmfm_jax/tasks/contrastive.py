@@ -195,9 +195,9 @@ class Contrastive(Task):
     def _whole_texts(self, text: Side, held_out: HeldOut) -> Side:
         """Of studies with several texts of a field, the mean of their vectors, a unit vector, as prompts are averaged
         in CLIP (arXiv:2103.00020): one reader's words say less of a study than all readers' do."""
-        readings = held_out.readings()
         if not held_out.all_texts:
             return text
+        readings = held_out.readings()
         study = np.repeat(np.arange(len(readings)), [len(of_study) for of_study in readings])
         words = [reading for of_study in readings for reading in of_study]
         total = held_out.all_texts["text"].astype(np.float64)

@@ -22,7 +22,7 @@ from mmfm_jax.evaluate import evaluate as module
 from mmfm_jax.evaluate.plain import read_plain
 from mmfm_jax.experiment import validate
 from mmfm_jax.metrics import baselines as fitting
-from mmfm_jax.metrics.statistics import chance, measure
+from mmfm_jax.metrics.statistics import Measure, chance, measure
 from mmfm_jax.train.checkpoint import TrainedRun
 from mmfm_jax.train.learner import Learner
 
@@ -204,6 +204,15 @@ def test_training_studies_are_read_only_where_something_is_fitted_on_them(run, t
     )
     module.measure_run(unlabelled, store, samples, silent())
     assert collected[2:] == [True]
+
+
+def test_a_narrow_screen_breaks_names_and_never_numbers():
+    found = Measure(0.123, 0.101, 0.145, 1234)
+    screen = io.StringIO()
+    names = ("calcification/told_untrained_linear_probe_of_all/auroc", "r/auroc")
+    Console(file=screen, width=80).print(module.results_table(dict.fromkeys(names, found)))
+    printed = screen.getvalue()
+    assert "…" not in printed and printed.count("0.123  0.101 to 0.145") == 2 and printed.count("1234") == 2
 
 
 def asks(trained, **changes):
