@@ -83,7 +83,7 @@ SMALL = {
     "seed": 1,
     "inputs": {
         "images": {"ct": {"size": [4, 8, 8], "patch": [2, 4, 4], "window": [0, 255]}},
-        "texts": {"report": {"length": 12, "sentence_keep": 0.5}},
+        "texts": {"report": {"length": 12, "sentence_keep": 0.5, "readings": 2}},
         "columns": ["age", "size_mm", "sex"],
     },
     "data": {

@@ -45,6 +45,8 @@ def check_comparable(experiment: Experiment) -> None:
         raise UserError("tasks: SigLIP knows one sigmoid contrast of image and text; name that task alone")
     if len(inputs.images) != 1 or len(inputs.texts) != 1 or inputs.columns:
         raise UserError("inputs: SigLIP takes one image and one text; name one of each and no columns")
+    if any(text.readings > 1 for text in inputs.texts.values()):
+        raise UserError("inputs.texts: SigLIP reads one text of a study; leave readings at 1")
     for name, stack in (("vision", model.vision), ("text", model.text)):
         if stack.gated or stack.precision != "dtype":
             raise UserError(f"model.{name}: SigLIP has neither gated MLPs nor eight bits; leave them out")

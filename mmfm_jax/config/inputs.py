@@ -142,6 +142,9 @@ class TextInput(Config):
 
     length: PositiveInt
     """Tokens kept of a text; shorter ones are padded."""
+    readings: PositiveInt = 1
+    """Texts of a study that are shown at once, where it has several, such as the reports of several readers or days.
+    Training draws how many and which of them, evaluation shows as many at a time until all were shown."""
     sentence_keep: Fraction = 1.0
     """Training only: chance that a sentence of the text is shown, in random order (ConVIRT, arXiv:2010.00747);
     1 shows the text as it stands."""

@@ -77,10 +77,10 @@ class TextPart:
     """One text field of a batch."""
 
     tokens: Int[Array, "batch length"]
-    """Token ids; PAD after the end."""
+    """Token ids; PAD after the end. Several texts of a study stand side by side, each with room of its own."""
     present: Bool[Array, "batch"]
     digest: UInt32[Array, "batch 2"]
-    """64 bits of the whole text, of which `tokens` may hold some sentences alone; 0 where absent."""
+    """64 bits of the whole texts, of which `tokens` may hold some sentences alone; 0 where absent."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,9 @@ class InputSpec(_Frozen):
 
     images: dict[str, ImageShape]
     texts: dict[str, int]
-    """Tokens of each field."""
+    """Tokens of a text of each field."""
+    readings: dict[str, int] = {}
+    """How many texts of a field are shown side by side, where it is more than one."""
     vocabulary_size: int
     """Of the tokenizer."""
     mask_token: int
@@ -216,6 +218,11 @@ class InputSpec(_Frozen):
     labels: dict[str, tuple[str, ...]]
     label_texts: dict[str, str] = {}
     """By label, the text that it was read out of, if any."""
+
+    @property
+    def text_tokens(self) -> dict[str, int]:
+        """Of all texts of a field that are shown side by side."""
+        return {field: length * self.readings.get(field, 1) for field, length in self.texts.items()}
 
     @property
     def modalities(self) -> tuple[str, ...]:

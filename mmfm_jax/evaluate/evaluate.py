@@ -23,7 +23,7 @@ from mmfm_jax.errors import UserError
 from mmfm_jax.evaluate.pictures import middle_slice
 from mmfm_jax.evaluate.plain import drawn_rows, read_plain
 from mmfm_jax.evaluate.report import write_report
-from mmfm_jax.evaluate.splits import FurtherTexts, OfTexts, collect, extractor
+from mmfm_jax.evaluate.splits import AllTexts, OfTexts, collect, extractor
 from mmfm_jax.metrics.baselines import RESERVED, baselines, linear_probes
 from mmfm_jax.metrics.bootstrap import Bootstrap
 from mmfm_jax.metrics.findings import Exhibit, Findings, Forest
@@ -97,7 +97,7 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
         batches = evaluation_batches(
             samples, name, batch_size, np.arange(batch_size), workers=experiment.data.workers, studies=rows
         )
-        further = FurtherTexts(samples.readings, spec, trained.tokenizer, config.max_texts) if spec.texts else None
+        further = AllTexts(samples.readings, spec, trained.tokenizer, config.max_texts) if spec.texts else None
         progress = track(batches, f"{name} studies", -(-len(rows) // batch_size), console=console, transient=True)
         return collect(extract, progress, store.patients, ask, further)
 
@@ -144,7 +144,7 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
 
     @functools.cache
     def readings() -> list[list[Words]]:
-        return [samples.readings(int(row)) for row in test.rows]
+        return [samples.readings(int(row))[: config.max_texts] for row in test.rows]
 
     @functools.cache
     def training_texts() -> list[Words]:

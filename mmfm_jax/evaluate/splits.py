@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Int, Shaped
 
-from mmfm_jax.data.batch import PAD, Batch, ImagePart, InputSpec, LabelPart, TablePart, TextPart
-from mmfm_jax.data.feed.example import digest
+from mmfm_jax.data.batch import Batch, ImagePart, InputSpec, LabelPart, TablePart, TextPart
+from mmfm_jax.data.feed.example import fill_texts
 from mmfm_jax.data.feed.tokenizer import Tokenizer
 from mmfm_jax.data.feed.transforms import prepare
 from mmfm_jax.metrics.held_out import Split, View, Words, views_of
@@ -66,7 +66,12 @@ def extractor(learner: Learner, spec: InputSpec, untrained: Learner | None = Non
     return run
 
 
-Further = Callable[[Batch], Iterable[tuple[dict[str, TextPart], Bool[np.ndarray, "batch"]]]]
+class Further(Protocol):
+    """See AllTexts."""
+
+    counts_first: bool
+
+    def __call__(self, batch: Batch) -> Iterable[tuple[dict[str, TextPart], Int[np.ndarray, "batch"]]]: ...
 
 
 def collect(
@@ -79,7 +84,7 @@ def collect(
     """Runs `extract` over a split and joins its batches; `patients(rows)` gives the patient of each row.
 
     Unless tasks are asked, `predicted` and `same` are empty: they are for what tasks say of held-out studies. `further`
-    (see FurtherTexts) gives the texts of a batch beyond its first ones, and which studies have them, for `all_texts`.
+    (see AllTexts) gives the other texts of a batch, and how many each study has, for `all_texts`.
     """
     parts, rows, labels, contents, means, several = [], [], [], [], [], False
     for batch in batches:
@@ -96,7 +101,7 @@ def collect(
                 (extract(replace(batch, texts=texts), True, True)["predicted"], held) for texts, held in further(batch)
             ]
             several = several or bool(asked)
-            mean = _over_texts(found["predicted"], asked)
+            mean = _over_texts(found["predicted"], asked, further.counts_first)
             means.append(jax.tree.map(operator.itemgetter(real), mean))
         rows.append(batch.study[real])
         labels.append({k: np.where(part.present, part.value, -1)[real] for k, part in batch.labels.items()})
@@ -113,18 +118,20 @@ def collect(
     )
 
 
-def _over_texts(first, further: list[tuple[dict, Bool[np.ndarray, "batch"]]]):
-    """The mean of what is predicted with the first text and with the further ones of each study. What is no measure
-    (whole numbers, yes or no) stays that of the first."""
+def _over_texts(first, further: list[tuple[dict, Int[np.ndarray, "batch"]]], counts_first: bool):
+    """The mean of what is predicted with the further texts of each study, each as often as it has texts, and with the
+    first where that counts or there is nothing else. What is no measure (whole numbers, yes or no) stays that of the
+    first."""
 
     def mean(first: np.ndarray, *others: np.ndarray) -> np.ndarray:
         if not np.issubdtype(first.dtype, np.floating):
             return first
-        total, count = first.astype(np.float64), np.ones((len(first), *[1] * (first.ndim - 1)))
-        for other, (_, held) in zip(others, further):
-            has = held.reshape(count.shape)
-            total, count = total + np.where(has, other, 0), count + has
-        return (total / count).astype(first.dtype)
+        count = np.full((len(first), *[1] * (first.ndim - 1)), float(counts_first))
+        total = first * count
+        for other, (_, texts) in zip(others, further):
+            held = texts.reshape(count.shape)
+            total, count = total + np.where(held > 0, other * held.astype(float), 0), count + held
+        return np.where(count > 0, total / np.maximum(count, 1), first).astype(first.dtype)
 
     return jax.tree.map(mean, first, *(predicted for predicted, _ in further))
 
@@ -157,32 +164,55 @@ def _is_text(part) -> bool:
 # ---------------------------------------------------------------- texts alone
 
 
-def text_parts(spec: InputSpec, tokenizer: Tokenizer, words: Sequence[Words]) -> dict[str, TextPart]:
-    """The text fields of studies that hold these words."""
+def text_parts(spec: InputSpec, tokenizer: Tokenizer, studies: Sequence[Sequence[Words]]) -> dict[str, TextPart]:
+    """The text fields of studies that hold these words, the readings of each side by side; of no more of them than
+    stand side by side."""
     parts = {}
     for field, length in spec.texts.items():
-        tokens, digests = np.full((len(words), length), PAD, np.int32), np.zeros((len(words), 2), np.uint32)
-        for i, of_study in enumerate(words):
-            if field in of_study:
-                tokens[i], digests[i] = tokenizer.encode(of_study[field], length), digest(of_study[field])
-        parts[field] = TextPart(tokens, (tokens != PAD).any(axis=1), digests)
+        part = TextPart(
+            np.empty((len(studies), spec.text_tokens[field]), np.int32),
+            np.empty(len(studies), bool),
+            np.empty((len(studies), 2), np.uint32),
+        )
+        texts = [[(words[field],) * 2 for words in readings if field in words] for readings in studies]
+        fill_texts(part, texts, length, tokenizer)
+        parts[field] = part
     return parts
 
 
-class FurtherTexts:
-    """The texts of the studies of a batch, one after the other: the second of every field, then the third, and so on.
-    A field without one more shows its first."""
+class AllTexts:
+    """All texts of the studies of a batch, as many at once as stand side by side: those first drawn of every field,
+    then the next, and so on. A field without any more shows its first."""
 
     def __init__(self, readings: Callable[[int], list[Words]], spec: InputSpec, tokenizer: Tokenizer, most: int):
         """`readings` gives the words of a row of the store, at most `most` of which are given."""
         self._readings, self._spec, self._tokenizer, self._most = readings, spec, tokenizer, most
+        self.counts_first = not spec.readings
+        """Whether the first text alone, which every batch holds, is one of the groups and is not given again."""
 
-    def __call__(self, batch: Batch) -> Iterator[tuple[dict[str, TextPart], Bool[np.ndarray, "batch"]]]:
-        """The texts, and which studies have them."""
-        readings = [self._readings(int(row)) if row >= 0 else [] for row in np.asarray(batch.study)]
-        for i in range(1, min(max(map(len, readings), default=0), self._most)):
-            words = [of_study[0] | of_study[i] if i < len(of_study) else {} for of_study in readings]
-            yield text_parts(self._spec, self._tokenizer, words), np.array([i < len(held) for held in readings])
+    def __call__(self, batch: Batch) -> Iterator[tuple[dict[str, TextPart], Int[np.ndarray, "batch"]]]:
+        """The texts, and how many of them each study has."""
+        readings = [self._readings(int(row))[: self._most] if row >= 0 else [] for row in np.asarray(batch.study)]
+        if max(map(len, readings), default=0) < 2:
+            return
+        groups = [self._groups(of_study) for of_study in readings]
+        for i in range(int(self.counts_first), max(map(len, groups))):
+            group = [of_study[i] if i < len(of_study) else ([], 0) for of_study in groups]
+            given = text_parts(self._spec, self._tokenizer, [words for words, _ in group])
+            yield given, np.array([texts for _, texts in group])
+
+    def _groups(self, readings: list[Words]) -> list[tuple[list[Words], int]]:
+        """Readings to be given together, and how many texts of a field those are that no group before held."""
+        held = {field: [words[field] for words in readings if field in words] for field in self._spec.texts}
+        room = {field: self._spec.readings.get(field, 1) for field in held}
+        groups = []
+        for i in range(max((-(-len(texts) // room[field]) for field, texts in held.items()), default=0)):
+            own = {field: texts[i * room[field] : (i + 1) * room[field]] for field, texts in held.items()}
+            shown = {field: own[field] or texts[: room[field]] for field, texts in held.items()}
+            most = max(map(len, shown.values()))
+            words = [{field: texts[j] for field, texts in shown.items() if j < len(texts)} for j in range(most)]
+            groups.append((words, max(map(len, own.values()))))
+        return groups
 
 
 class OfTexts:
@@ -195,7 +225,7 @@ class OfTexts:
         self._compiled: dict[tuple[str, tuple[str, ...]], Callable] = {}
 
     def tokens(self, words: Sequence[Words]) -> Shaped[np.ndarray, "study token"]:
-        parts = text_parts(self._spec, self._tokenizer, words)
+        parts = text_parts(self._spec, self._tokenizer, [[of_study] for of_study in words])
         return np.concatenate([part.tokens for part in parts.values()], axis=1)
 
     def __call__(self, task: str, words: Sequence[Words], names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -203,8 +233,9 @@ class OfTexts:
         predict = self._compiled.setdefault((task, names), self._predict(task, names))
         parts = []
         for start in range(0, len(words), self._batch):
-            chunk = list(words[start : start + self._batch])
-            texts = text_parts(self._spec, self._tokenizer, chunk + [{}] * (self._batch - len(chunk)))  # one shape
+            chunk = [[of_study] for of_study in words[start : start + self._batch]]
+            filled = [*chunk, *[[]] * (self._batch - len(chunk))]  # one shape
+            texts = text_parts(self._spec, self._tokenizer, filled)
             found = jax.device_get(predict(self._state, texts))
             parts.append({name: np.asarray(x, np.float32)[: len(chunk)] for name, x in found.items()})
         return _concatenate(parts)

@@ -46,6 +46,7 @@ class MultimodalModel(nnx.Module):
         self.mask_token = spec.mask_token
         dtype = jnp.dtype(config.dtype)
         self.vision = VisionEncoder(config.vision, spec.images, dtype, rngs) if spec.images else None
+        self.lengths = tuple(spec.texts.items())
         self.text = TextEncoder(config.text, spec.vocabulary_size, dtype, rngs) if spec.texts else None
         self.table = TableEncoder(config.table, spec, dtype, rngs) if spec.numbers or spec.categories else None
         widths = {f"image/{role}": config.vision.width for role in spec.images}
@@ -62,11 +63,13 @@ class MultimodalModel(nnx.Module):
             for role, image in (batch.images | batch.packed | hidden.images).items():
                 encoded[f"image/{role}"] = self.vision(role, image, fold(keys, len(encoded)))
         if self.text is not None:
+            lengths = dict(self.lengths)
             for field, text in batch.texts.items():
                 present, tokens = (text.tokens != PAD) & text.present[:, None], text.tokens
                 if field in hidden.tokens:
                     tokens = jnp.where(hidden.tokens[field], self.mask_token, tokens)
-                encoded[f"text/{field}"] = Tokens(self.text(tokens, present, fold(keys, len(encoded))), present)
+                x = self.text(tokens, present, lengths[field], fold(keys, len(encoded)))
+                encoded[f"text/{field}"] = Tokens(x, present)
         if self.table is not None:
             x = self.table(batch.table, hidden.columns, fold(keys, len(encoded)))
             encoded["table"] = Tokens(x, jnp.broadcast_to(table_present(batch)[:, None], x.shape[:2]))

@@ -11,6 +11,7 @@ from mmfm_jax.data.batch import Array
 from mmfm_jax.model.flash import Segments
 from mmfm_jax.model.layers import Table
 from mmfm_jax.model.position import angles_1d
+from mmfm_jax.model.regularise import fold
 from mmfm_jax.model.transformer import Transformer
 
 
@@ -21,9 +22,19 @@ class TextEncoder(nnx.Module):
         self.transformer = Transformer(config, rngs)
 
     def __call__(
-        self, tokens: Int[Array, "batch length"], present: Bool[Array, "batch length"], keys: PRNGKeyArray | None = None
-    ) -> Float[Array, "batch length width"]:
-        """`keys`: one a study, of noise in training."""
-        angles = angles_1d(tokens.shape[1], self.config.width // self.config.heads)[None]
-        x = self.embed(tokens).astype(self.dtype)
-        return self.transformer(x, Segments.present(present), jnp.asarray(angles, jnp.float32), keys=keys)
+        self,
+        tokens: Int[Array, "batch token"],
+        present: Bool[Array, "batch token"],
+        length: int,
+        keys: PRNGKeyArray | None = None,
+    ) -> Float[Array, "batch token width"]:
+        """`length`: tokens of a text. Of several of a study side by side, each is encoded as if it stood alone. `keys`:
+        one a study, of noise in training."""
+        readings = tokens.shape[1] // length
+        if keys is not None and readings > 1:
+            keys = jnp.stack([fold(keys, i) for i in range(readings)], axis=1).reshape(-1)
+        angles = angles_1d(length, self.config.width // self.config.heads)[None]
+        x = self.embed(tokens.reshape(-1, length)).astype(self.dtype)
+        segments = Segments.present(present.reshape(-1, length))
+        x = self.transformer(x, segments, jnp.asarray(angles, jnp.float32), keys=keys)
+        return x.reshape(*tokens.shape, -1)

@@ -154,7 +154,7 @@ def _ratio(array: Any) -> float:
 def reading(experiment: Experiment, roles: dict[str, Role]) -> Reading:
     """Of a study that has every part; its row is one request of as many bytes as its tokens and columns."""
     inputs = experiment.inputs
-    rows = 4 * (sum(text.length for text in inputs.texts.values()) + len(inputs.columns))
+    rows = 4 * (sum(text.length * text.readings for text in inputs.texts.values()) + len(inputs.columns))
     total = Reading(1.0, float(rows), 0.0)
     for role in roles.values():
         of = mean_cost(role.layouts, role.size, role.random)

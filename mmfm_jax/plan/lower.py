@@ -92,6 +92,7 @@ def assumed_spec(experiment: Experiment) -> InputSpec:
             for role, image in experiment.inputs.images.items()
         },
         texts={field: text.length for field, text in experiment.inputs.texts.items()},
+        readings={field: text.readings for field, text in experiment.inputs.texts.items() if text.readings > 1},
         vocabulary_size=experiment.data.vocabulary_size,
         mask_token=MASK_TOKEN,
         numbers={name: NumberStats(mean=0.0, sd=1.0) for name in experiment.inputs.columns},
@@ -145,8 +146,8 @@ def batch_shapes(spec: InputSpec, labels: tuple[str, ...], studies: int, voxels:
             if of.pack is None
         },
         texts={
-            field: TextPart(shape("int32", length), shape(bool), shape("uint32", 2))
-            for field, length in spec.texts.items()
+            field: TextPart(shape("int32", tokens), shape(bool), shape("uint32", 2))
+            for field, tokens in spec.text_tokens.items()
         },
         table=TablePart(
             shape("float32", numbers), shape(bool, numbers), shape("int32", categories), shape(bool, categories)

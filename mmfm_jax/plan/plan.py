@@ -170,7 +170,7 @@ def tokens_of(spec: InputSpec) -> int:
         image.pack.tokens // image.pack.studies if image.pack else math.prod(image.grid)
         for image in spec.images.values()
     )
-    return patches + sum(spec.texts.values()) + len(spec.numbers) + len(spec.categories)
+    return patches + sum(spec.text_tokens.values()) + len(spec.numbers) + len(spec.categories)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from mmfm_jax.tasks.base import Losses, Needs, Scalars, Task, TaskConfig, Views
 
 
 class CaptionConfig(TaskConfig):
-    """Cross-entropy of each next token of one text field, no text being shown to the fusion."""
+    """Cross-entropy of each next token of one text field, no text being shown to the fusion. Of several texts of a
+    study that stand side by side, the first drawn is predicted."""
 
     kind: Literal["caption"] = "caption"
     field: str
@@ -54,6 +55,7 @@ class Caption(Task):
                 f"inputs.texts.{config.field}.length: a text of one token leaves nothing for tasks.{name} to predict; "
                 "give at least 2"
             )
+        self.length = spec.texts[config.field]
         self.decoder = TextDecoder(
             config.decoder, spec.vocabulary_size, model.fusion.width, config.tied, jnp.dtype(model.dtype), rngs
         )
@@ -73,8 +75,9 @@ class Caption(Task):
     def _tokens(self, views: Views, noise: PRNGKeyArray | None = None):
         """Of each token: the cross-entropy of the next, whether it is the likeliest, and whether it counts."""
         text = views.batch.texts[self.config.field]
-        following, asked = shift(text.tokens, text.present)
-        x = self.decoder(text.tokens, self.latents(views), noise)
+        tokens = text.tokens[:, : self.length]
+        following, asked = shift(tokens, text.present)
+        x = self.decoder(tokens, self.latents(views), noise)
         return *chunked_cross_entropy(x, *self.decoder.output, following), asked
 
     def predict(self, views: Views) -> dict[str, Array]:

@@ -48,7 +48,8 @@ class PartWeights(Config):
 
 
 class MaskedConfig(TaskConfig):
-    """Hides a share of each modality and predicts it from what is left of all."""
+    """Hides a share of each modality and predicts it from what is left of all. Of several texts of a study that stand
+    side by side, it is shown the first drawn alone: the others would tell what is hidden of that."""
 
     kind: Literal["masked"] = "masked"
     image: Probability = 0.6
@@ -103,6 +104,7 @@ class Masked(Task):
         self.wavelengths_mm = model.vision.wavelengths_mm
         self.shapes = tuple(spec.images.items()) if config.image else ()
         self.fields = tuple(spec.texts) if config.text else ()
+        self.lengths = tuple(spec.texts.items())
         self.numbers, self.categories = (len(spec.numbers), len(spec.categories)) if config.table else (0, 0)
         self.sizes = tuple(len(v) for v in spec.categories.values()) if config.table else ()
         self.decoder = Decoder(
@@ -127,18 +129,28 @@ class Masked(Task):
     def loss(self, views: Views, keys: PRNGKeyArray) -> Losses:
         """Squared error of the voxels of images and of standardised numbers, cross-entropy of tokens and of categories:
         a part each, over what is hidden."""
-        masks = self._draw(views.batch, keys)
+        batch = self._first_texts(views.batch)
+        masks = self._draw(batch, keys)
         hidden = Hidden(
             images=masks.shown,
             tokens={
-                field: _marked(chosen, valid, views.batch.texts[field].tokens.shape[1])
+                field: _marked(chosen, valid, batch.texts[field].tokens.shape[1])
                 for field, (chosen, valid) in masks.tokens.items()
             },
             columns=None if self.columns is None else masks.columns,
         )
         noise = views.noise(keys)
-        latents = views.model.fuse(views.model.encode(views.batch, hidden, noise), keys=noise)
-        return Losses(self._score(self._decode(latents, masks, views.batch), masks, views.batch))
+        latents = views.model.fuse(views.model.encode(batch, hidden, noise), keys=noise)
+        return Losses(self._score(self._decode(latents, masks, batch), masks, batch))
+
+    def _first_texts(self, batch: Batch) -> Batch:
+        """Each field with the first of the texts that stand side by side."""
+        lengths = dict(self.lengths)
+        first = {
+            field: replace(text, tokens=text.tokens[:, : lengths[field]])
+            for field, text in batch.texts.items()
+        }
+        return replace(batch, texts=first)
 
     def part_weight(self, part: str) -> float:
         weights = self.config.weights

@@ -11,7 +11,7 @@ from flax import nnx
 
 from mmfm_jax.data.batch import Batch, ImagePart, ImageShape, InputSpec, LabelPart, NumberStats, TablePart, TextPart
 from mmfm_jax.data.feed.tokenizer import Tokenizer
-from mmfm_jax.evaluate.splits import FurtherTexts, OfTexts, collect, extractor, text_parts
+from mmfm_jax.evaluate.splits import AllTexts, OfTexts, collect, extractor, text_parts
 from mmfm_jax.experiment import validate
 from mmfm_jax.metrics.bootstrap import Bootstrap
 from mmfm_jax.metrics.held_out import HeldOut, views_of
@@ -173,7 +173,7 @@ def test_features_do_not_depend_on_the_number_of_devices(learner, spec, extract,
 
 
 def further(spec, tokenizer, readings, most=8):
-    return FurtherTexts(lambda row: readings[row - 10], spec, tokenizer, most)
+    return AllTexts(lambda row: readings[row - 10], spec, tokenizer, most)
 
 
 def held_out(learner, spec, tokenizer, seen, readings) -> HeldOut:
@@ -216,7 +216,7 @@ def test_a_head_is_given_all_texts_of_a_study_one_after_the_other(spec, extract,
     readings = [[round_, lobed], [lobed, lobed, round_]] + [[round_], [lobed]] * 3
     found = collect(extract, [batch(tokenizer)], names, further=further(spec, tokenizer, readings, most=2))
     other = batch(tokenizer)
-    swapped = collect(extract, [dataclasses.replace(other, texts=text_parts(spec, tokenizer, [lobed] * 8))], names)
+    swapped = collect(extract, [dataclasses.replace(other, texts=text_parts(spec, tokenizer, [[lobed]] * 8))], names)
     for view, first in found.predicted["diagnosis"].items():
         expected = np.array(first)
         expected[:2] = (first[:2] + swapped.predicted["diagnosis"][view][:2]) / 2
@@ -226,6 +226,51 @@ def test_a_head_is_given_all_texts_of_a_study_one_after_the_other(spec, extract,
     assert present.dtype == bool and present.all()
     alone = further(spec, tokenizer, readings, most=1)
     assert not collect(extract, [batch(tokenizer)], names, further=alone).all_texts
+
+
+def test_all_texts_are_given_as_many_at_once_as_stand_side_by_side(spec, tokenizer):
+    """Each group counts as often as it holds texts, and the first text alone only where there is no other."""
+    together = spec.model_copy(update={"readings": {"report": 2}})
+    extract = extractor(Learner(validate(EXPERIMENT, "test"), together, nnx.Rngs(0)), together)
+    a, b, c = ({"report": text} for text in ("a round nodule", "a lobed mass", "a round mass"))
+    readings = [[a], [b], [a, b], [b, a], [a, b, c], [c, b, a, a], [b], []]
+
+    def given(groups) -> dict[str, np.ndarray]:
+        texts = text_parts(together, tokenizer, groups)
+        return extract(dataclasses.replace(batch(tokenizer), texts=texts), True)["predicted"]["diagnosis"]
+
+    first = batch(tokenizer, 8)
+    first = dataclasses.replace(first, texts=text_parts(together, tokenizer, [held[:1] for held in readings]))
+    found = collect(extract, [first], names, further=further(together, tokenizer, readings))
+    begin, rest = given([held[:2] for held in readings]), given([held[2:] for held in readings])
+    alone = given([held[:1] for held in readings])
+    swapped = given([held[1::-1] for held in readings])
+    for view, got in found.all_texts["diagnosis"].items():
+        expected = np.array(begin[view])
+        expected[4] = (2 * begin[view][4] + rest[view][4]) / 3
+        expected[5] = (begin[view][5] + rest[view][5]) / 2
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+        np.testing.assert_allclose(found.predicted["diagnosis"][view], alone[view], atol=1e-5)
+        np.testing.assert_allclose(begin[view], swapped[view], atol=1e-5)  # a set, not a sequence
+        assert (np.abs(begin[view][2] - alone[view][2]).max() > 1e-4) == ("text" not in view)
+    three = further(together, tokenizer, readings, most=3)(first)
+    assert [counts.tolist() for _, counts in three] == [[1, 1, 2, 2, 2, 2, 1, 0], [0, 0, 0, 0, 1, 1, 0, 0]]
+
+
+def test_a_field_without_further_texts_shows_its_first_beside_those_of_another(spec, tokenizer):
+    both = spec.model_copy(update={"texts": {"report": 16, "history": 8}, "readings": {"report": 2}})
+    words = {"report": ("a round nodule", "a lobed mass", "a mass"), "history": ("a nodule", "a lobed nodule")}
+    readings = [{f: of[i] for f, of in words.items() if i < len(of)} for i in range(3)]
+    groups = list(AllTexts(lambda row: readings, both, tokenizer, 8)(batch(tokenizer, 1)))
+
+    def tokens(field: str, length: int, *texts: int) -> list[int]:
+        given = [tokenizer.encode(words[field][i], length).tolist() for i in texts]
+        return sum(given, [])
+
+    report, history = ([texts[field].tokens[0].tolist() for texts, _ in groups] for field in ("report", "history"))
+    assert report == [tokens("report", 16, 0, 1), tokens("report", 16, 2) + [0] * 16]
+    assert history == [tokens("history", 8, 0), tokens("history", 8, 1)]
+    assert [counts[0] for _, counts in groups] == [2, 1]
 
 
 def test_studies_of_one_reading_each_are_left_as_they_are(learner, spec, extract, tokenizer):

@@ -1,5 +1,6 @@
 """Stacking, remat, dtype, hiding and absence in the model as a whole."""
 
+import dataclasses
 import operator
 
 import jax
@@ -71,6 +72,27 @@ def test_a_denied_modality_is_as_if_absent(material, prepared, model):
     np.testing.assert_array_equal(
         model.fuse(model.encode(prepared), {"text": absent}), model.fuse(model.encode(without))
     )
+
+
+def test_texts_side_by_side_are_each_encoded_as_if_alone_and_fused_as_a_set(material, prepared, model):
+    """Batches hold two texts of 12 tokens; both are there of some studies and one of others."""
+    text = prepared.texts["report"]
+    tokens = np.asarray(text.tokens)
+    several = (tokens[:, 12:] > 0).any(axis=1)
+    assert several.any() and (~several & text.present).any()
+
+    def encoded(tokens):
+        texts = {"report": type(text)(jnp.asarray(tokens), text.present, text.digest)}
+        return model.encode(dataclasses.replace(prepared, texts=texts))
+
+    both, swapped = encoded(tokens), encoded(np.roll(tokens, 12, axis=1))
+    first, second = (encoded(tokens[:, part])["text/report"].x for part in (slice(12), slice(12, 24)))
+    x = both["text/report"].x
+    np.testing.assert_allclose(x[:, :12], first, atol=1e-5)
+    np.testing.assert_allclose(x[:, 12:][several], second[several], atol=1e-5)
+    latents = model.fuse(both)
+    np.testing.assert_allclose(latents, model.fuse(swapped), atol=1e-5)
+    np.testing.assert_array_less(1e-4, np.abs(latents - model.fuse(encoded(tokens[:, :12])))[several].max(axis=(1, 2)))
 
 
 def test_hidden_columns_and_tokens_are_not_seen(material, prepared, model):

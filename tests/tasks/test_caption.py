@@ -69,10 +69,12 @@ def test_no_token_is_predicted_from_itself_or_what_follows(setting):
     @nnx.jit
     def logits(task, model, tokens):
         views = views_of(model, with_tokens(batch, tokens))
-        return task.decoder.logits(task.decoder(views.batch.texts["report"].tokens, task.latents(views)))
+        first = views.batch.texts["report"].tokens[:, : task.length]
+        return task.decoder.logits(task.decoder(first, task.latents(views)))
 
     expected = logits(task, model, tokens)
-    for at in (1, 5, tokens.shape[1] - 1):
+    assert tokens.shape[1] == 2 * task.length
+    for at in (1, 5, task.length - 1):
         changed = tokens.copy()
         changed[:, at:] = (tokens[:, at:] + 7) % 100
         got = np.asarray(logits(task, model, changed))
@@ -96,11 +98,12 @@ def test_loss_accuracy_and_perplexity_are_those_of_a_plain_loop_over_texts(setti
     found = task.loss(views, keys(batch))
     loss, accuracy = found.parts["loss"].value, found.metrics["accuracy"].value
     text = batch.texts["report"]
-    logits = np.asarray(task.decoder.logits(task.decoder(text.tokens, task.latents(views))), np.float64)
+    first = np.asarray(text.tokens)[:, : task.length]  # of two texts side by side
+    logits = np.asarray(task.decoder.logits(task.decoder(first, task.latents(views))), np.float64)
     entropies, hits = [], []
     for row in np.flatnonzero(text.present):
-        words = [int(token) for token in text.tokens[row] if token != PAD]
-        for at, word in enumerate([*words[1:], PAD][: text.tokens.shape[1] - 1]):
+        words = [int(token) for token in first[row] if token != PAD]
+        for at, word in enumerate([*words[1:], PAD][: task.length - 1]):
             entropies.append(np.logaddexp.reduce(logits[row, at]) - logits[row, at, word])
             hits.append(logits[row, at].argmax() == word)
     assert len(entropies) > 20

@@ -93,7 +93,7 @@ def test_image_loss_of_a_blind_head_is_the_mean_square_of_the_hidden_patches(set
 def test_what_is_hidden_reaches_no_latent_and_is_what_is_scored(setting, monkeypatch):
     task, views = setting
     batch, keys = views.batch, keys_of(views)
-    masks, shape = task._draw(batch, keys), dict(task.shapes)["ct"]
+    masks, shape = task._draw(task._first_texts(batch), keys), dict(task.shapes)["ct"]
     latents, fuse = [], MultimodalModel.fuse
     monkeypatch.setattr(
         MultimodalModel, "fuse", lambda self, *a, **k: latents.append(fuse(self, *a, **k)) or latents[-1]
@@ -111,6 +111,8 @@ def test_what_is_hidden_reaches_no_latent_and_is_what_is_scored(setting, monkeyp
     chosen, valid = (np.asarray(part) for part in masks.tokens["report"])
     for row, column in zip(*np.nonzero(valid)):
         tokens[row, chosen[row, column]] = 3 + (tokens[row, chosen[row, column]] + 17) % 200
+    assert (tokens[:, 12:] > 0).any()
+    tokens[:, 12:] = (tokens[:, 12:] + 5) % 200  # the text beside the first would tell what is hidden of it
     columns, table = np.array(masks.columns), batch.table
     number_present, category_present = (np.asarray(x) for x in (table.number_present, table.category_present))
     numbers, categories = columns[:, : task.numbers], columns[:, task.numbers :]

@@ -74,7 +74,8 @@ def assert_same(got, expected):
     (expected_loss, expected_metrics), expected_gradients = expected
     np.testing.assert_allclose(loss, expected_loss, RTOL)
     for name in expected_metrics:
-        np.testing.assert_allclose(metrics[name], expected_metrics[name], RTOL, ATOL, err_msg=name)
+        tie = 1.5 / STUDIES if name.endswith("accuracy") else ATOL  # of two equal texts, rounding chooses one
+        np.testing.assert_allclose(metrics[name], expected_metrics[name], RTOL, tie, err_msg=name)
     size = float(optax.tree.norm(expected_gradients))
     assert np.isfinite(size) and size > 0.1
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected_gradients):

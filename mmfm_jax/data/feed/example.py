@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from mmfm_jax.config.inputs import ImageInput, Inputs
+from mmfm_jax.config.inputs import ImageInput, Inputs, TextInput
 from mmfm_jax.data.feed import packing, resample
 from mmfm_jax.data.feed.damage import Damage
 from mmfm_jax.data.feed.foreground import centre, check
@@ -56,8 +56,8 @@ class Drawn:
 
     samples: Samples
     row: int
-    texts: dict[str, tuple[str, str]]
-    """By field, what is shown of a text, and the whole."""
+    texts: dict[str, list[tuple[str, str]]]
+    """By field, what is shown of each text, and the whole."""
     values: dict[str, float | str]
     labels: dict[str, int]
     boxes: dict[str, Box]
@@ -136,7 +136,7 @@ class Samples:
         row = int(row)
         texts, values, labels = self.store.table(row, self._wanted)
         drawn = {
-            field: _drawn(held, self.inputs.texts[field].sentence_keep, rng)
+            field: _drawn(held, self.inputs.texts[field], rng)
             for field in self.spec.texts
             if (held := texts.get(field))
         }
@@ -186,8 +186,8 @@ class Samples:
             study=some(dtype=np.int32),
             images=images,
             texts={
-                field: TextPart(some(length, dtype=np.int32), some(dtype=bool), some(2, dtype=np.uint32))
-                for field, length in spec.texts.items()
+                field: TextPart(some(tokens, dtype=np.int32), some(dtype=bool), some(2, dtype=np.uint32))
+                for field, tokens in spec.text_tokens.items()
             },
             table=TablePart(
                 some(len(spec.numbers), dtype=np.float32),
@@ -213,7 +213,8 @@ class Samples:
         if room.source is not None:
             room.source[place] = [self._source(study.row) or 0 for study in drawn]
         for field, text in room.texts.items():
-            self._texts([study.texts.get(field) for study in drawn], map_arrays(lambda array: array[place], text))
+            part = map_arrays(lambda array: array[place], text)
+            fill_texts(part, [study.texts.get(field, ()) for study in drawn], self.spec.texts[field], self.tokenizer)
         self._table([study.values for study in drawn], map_arrays(lambda array: array[place], room.table))
         for name, label in room.labels.items():
             label.value[place] = [study.labels.get(name, 0) for study in drawn]
@@ -372,16 +373,6 @@ class Samples:
         """Raw value of padding: at the lowest end of a window, so it is 0 once windowed, as far as the dtype goes."""
         return _below(self._shape(role, row).low(box.limits), self._dtype(role))
 
-    def _texts(self, texts: Sequence[tuple[str, str] | None], part: TextPart) -> None:
-        held = {i: text for i, text in enumerate(texts) if text}
-        part.tokens[...], part.digest[...] = PAD, 0
-        if held:
-            shown, whole = zip(*held.values())
-            part.tokens[[*held]] = self.tokenizer.encode_batch(shown, part.tokens.shape[1])
-            part.digest[[*held]] = [digest(text) for text in whole]
-        # A foreign tokenizer may have no start token; then an empty text has nothing to attend to and counts as absent.
-        part.present[...] = (part.tokens != PAD).any(1)
-
     def _table(self, rows: Sequence[dict[str, float | str]], part: TablePart) -> None:
         numbers = [[row.get(name) for name in self.spec.numbers] for row in rows]
         # A value outside the vocabulary that the model was built with is as good as missing.
@@ -404,17 +395,41 @@ def _below(value: float, dtype: str) -> float:
     return min(max(math.floor(value), np.iinfo(dtype).min), np.iinfo(dtype).max)
 
 
-def digest(text: str) -> np.ndarray:
-    """64 bits of a text, uint32 [2]: equal for equal texts but for space at their ends."""
-    return np.frombuffer(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), np.uint32)
+def fill_texts(
+    part: TextPart, studies: Sequence[Sequence[tuple[str, str]]], length: int, tokenizer: Tokenizer
+) -> None:
+    """Writes what is shown of the texts of studies side by side, `length` tokens each, and the digest of the whole."""
+    part.tokens[...], part.digest[...] = PAD, 0
+    if places := [(i, j) for i, texts in enumerate(studies) for j in range(len(texts))]:
+        shown = [text for texts in studies for text, _ in texts]
+        part.tokens.reshape(len(studies), -1, length)[*zip(*places)] = tokenizer.encode_batch(shown, length)
+        held = [i for i, texts in enumerate(studies) if texts]
+        part.digest[held] = [digest([whole for _, whole in studies[i]]) for i in held]
+    # A foreign tokenizer may have no start token; then an empty text has nothing to attend to and counts as absent.
+    part.present[...] = (part.tokens != PAD).any(1)
 
 
-def _drawn(texts: Sequence[str], keep: float, rng: np.random.Generator | None) -> tuple[str, str]:
-    """What is shown of one of the texts, and the whole. Without `rng` all of the first; else with `keep` below 1
-    some of the sentences, at least one, in random order."""
+def digest(texts: Sequence[str]) -> np.ndarray:
+    """64 bits of texts, uint32 [2]: equal for equal texts in any order, but for space at their ends."""
+    joined = "\0".join(sorted(text.strip() for text in texts))
+    return np.frombuffer(hashlib.blake2b(joined.encode(), digest_size=8).digest(), np.uint32)
+
+
+def _drawn(texts: Sequence[str], config: TextInput, rng: np.random.Generator | None) -> list[tuple[str, str]]:
+    """What is shown of some of the texts, and the whole of each. Without `rng` all of the first; else of texts and of
+    how many of them every choice is equally likely."""
     if rng is None:
-        return texts[0], texts[0]
-    text = texts[int(rng.integers(len(texts)))] if len(texts) > 1 else texts[0]
+        return [(texts[0], texts[0])]
+    if config.readings == 1 or len(texts) == 1:
+        chosen = [int(rng.integers(len(texts)))] if len(texts) > 1 else [0]
+    else:
+        chosen = rng.permutation(len(texts))[: 1 + rng.integers(min(config.readings, len(texts)))]
+    return [_sentences(texts[i], config.sentence_keep, rng) for i in chosen]
+
+
+def _sentences(text: str, keep: float, rng: np.random.Generator) -> tuple[str, str]:
+    """What is shown of a text, and the whole: with `keep` below 1 some of its sentences, at least one, in random
+    order."""
     if keep == 1:
         return text, text
     sentences = _SENTENCE_END.split(text.strip())

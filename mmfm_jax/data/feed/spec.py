@@ -46,6 +46,7 @@ def make_spec(
             for role, image in inputs.images.items()
         },
         texts={field: text.length for field, text in inputs.texts.items()},
+        readings={field: text.readings for field, text in inputs.texts.items() if text.readings > 1},
         vocabulary_size=tokenizer.vocabulary_size,
         mask_token=tokenizer.mask_token,
         # A column that never varies has sd 0; it is then only centred.

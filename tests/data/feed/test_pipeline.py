@@ -284,6 +284,29 @@ def test_training_draws_a_reader_and_some_sentences_in_any_order(samples):
     assert len(whole) == 1
 
 
+def test_training_draws_how_many_texts_stand_side_by_side_and_which():
+    """Every number and every choice of so many texts is equally likely, in any order; evaluation shows the first."""
+    texts = tuple(f"Reader {r}. Text {r}." for r in range(3))
+    studies = [Study("p", "train", texts={"report": texts}), Study("q", "train", texts={"report": texts[:1]})]
+    inputs = Inputs.model_validate({"texts": {"report": {"length": 20, "readings": 2}}})
+    samples, rng = samples_of(studies, inputs), np.random.default_rng(0)
+    assert samples.spec.readings == {"report": 2} and samples.spec.text_tokens == {"report": 40}
+    place = {samples.tokenizer.encode(text, 20).tobytes(): i for i, text in enumerate(texts)} | {bytes(80): None}
+    drawn, digests = Counter(), {}
+    for _ in range(600):
+        part = samples.read(0, rng).texts["report"]
+        found = tuple(place[part.tokens[at : at + 20].tobytes()] for at in (0, 20))
+        drawn[found] += 1
+        digests.setdefault(frozenset(found), set()).add(part.digest.tobytes())
+    expected = {(i, None): 100 for i in range(3)} | {pair: 50 for pair in itertools.permutations(range(3), 2)}
+    assert set(drawn) == set(expected)
+    assert all(abs(drawn[found] - often) < 5 * often**0.5 for found, often in expected.items())
+    assert all(len(of) == 1 for of in digests.values()) and len(set().union(*digests.values())) == 6
+    for row, generator in ((0, None), (1, None), (1, rng)):
+        tokens = samples.read(row, generator).texts["report"].tokens
+        assert place[tokens[:20].tobytes()] == 0 and not tokens[20:].any()
+
+
 def test_a_category_that_the_model_does_not_know_counts_as_missing(samples):
     row = next(i for i, study in enumerate(STUDIES) if study.row.get("sex") == "male")
     spec = samples.spec.model_copy(update={"categories": {"sex": ("female", "other")}})
