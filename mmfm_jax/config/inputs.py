@@ -148,6 +148,9 @@ class TextInput(Config):
     sentence_keep: Fraction = 1.0
     """Training only: chance that a sentence of the text is shown, in random order (ConVIRT, arXiv:2010.00747);
     1 shows the text as it stands."""
+    excerpt: Fraction | None = None
+    """Training only: contrasts read one text of a study, each of its sentences with this chance, in random order, while
+    other tasks read what `readings` and `sentence_keep` give. null: contrasts read one text as others do."""
 
 
 class Inputs(Config):

@@ -79,8 +79,10 @@ class TextPart:
     tokens: Int[Array, "batch length"]
     """Token ids; PAD after the end. Several texts of a study stand side by side, each with room of its own."""
     present: Bool[Array, "batch"]
-    digest: UInt32[Array, "batch 2"]
-    """64 bits of the whole texts, of which `tokens` may hold some sentences alone; 0 where absent."""
+    digest: UInt32[Array, "batch word"]
+    """64 bits, two words, of each whole text, of which `tokens` may hold some sentences alone; 0 where absent."""
+    excerpt: Int[Array, "batch text_length"] | None = None
+    """In training, some sentences of the first text; None where nothing asks for them."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,8 @@ class InputSpec(_Frozen):
     """Tokens of a text of each field."""
     readings: dict[str, int] = {}
     """How many texts of a field are shown side by side, where it is more than one."""
+    excerpts: tuple[str, ...] = ()
+    """Fields of which training also draws an excerpt."""
     vocabulary_size: int
     """Of the tokenizer."""
     mask_token: int

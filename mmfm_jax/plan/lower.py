@@ -93,6 +93,7 @@ def assumed_spec(experiment: Experiment) -> InputSpec:
         },
         texts={field: text.length for field, text in experiment.inputs.texts.items()},
         readings={field: text.readings for field, text in experiment.inputs.texts.items() if text.readings > 1},
+        excerpts=tuple(field for field, text in experiment.inputs.texts.items() if text.excerpt is not None),
         vocabulary_size=experiment.data.vocabulary_size,
         mask_token=MASK_TOKEN,
         numbers={name: NumberStats(mean=0.0, sd=1.0) for name in experiment.inputs.columns},
@@ -146,7 +147,12 @@ def batch_shapes(spec: InputSpec, labels: tuple[str, ...], studies: int, voxels:
             if of.pack is None
         },
         texts={
-            field: TextPart(shape("int32", tokens), shape(bool), shape("uint32", 2))
+            field: TextPart(
+                shape("int32", tokens),
+                shape(bool),
+                shape("uint32", 2 * tokens // spec.texts[field]),
+                shape("int32", spec.texts[field]) if field in spec.excerpts else None,
+            )
             for field, tokens in spec.text_tokens.items()
         },
         table=TablePart(

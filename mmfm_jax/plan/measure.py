@@ -129,6 +129,7 @@ def random_batch(spec: InputSpec, labels: tuple[str, ...], studies: int, voxels:
                 1 + drawn(spec.vocabulary_size - 1, part.tokens.shape),
                 whole,
                 drawn(2**31 - 1, part.digest.shape).view(np.uint32),
+                None if part.excerpt is None else 1 + drawn(spec.vocabulary_size - 1, part.excerpt.shape),
             )
             for field, part in shapes.texts.items()
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import jax
@@ -27,11 +28,12 @@ from mmfm_jax.metrics.label import BASELINE, TOLD, tell
 from mmfm_jax.metrics.ranks import Ranks
 from mmfm_jax.metrics.retrieval import Gallery, Side, gallery, ranks_both_ways, retrieval, zero_shot
 from mmfm_jax.model.layers import Linear
-from mmfm_jax.model.multimodal import modality
+from mmfm_jax.model.multimodal import Encoded, modality
 from mmfm_jax.model.parameter import parameter
 from mmfm_jax.model.pool import AttentionPool
 from mmfm_jax.model.tokens import Tokens, join
 from mmfm_jax.tasks.base import Losses, Needs, Task, TaskConfig, Views
+from mmfm_jax.tasks.readings import excerpts, one_reading
 
 Modality = Literal["image", "text", "table"]
 LARGEST_SCALE = 100.0  # after each update, as in CLIP, so that what reached it can come down again
@@ -117,6 +119,8 @@ class Contrastive(Task):
                     f"{field}.label: {asked.label} is not a label of two classes in the store; those are "
                     f"{pairs or 'none'}"
                 )
+        self.lengths, self.readings = tuple(spec.texts.items()), max([1, *spec.readings.values()])
+        self.apart = self.readings > 1 or bool(spec.excerpts)  # not the texts that other tasks are given
         encoders = {"image": model.vision, "text": model.text, "table": model.table}
         self.pool = nnx.Dict(
             {side: Pool(encoders[side].width, encoders[side].heads, config.width, rngs) for side in config.between}
@@ -125,27 +129,47 @@ class Contrastive(Task):
         self.log_scale = parameter(jnp.log(config.initial_scale), "scale", (), largest=math.log(LARGEST_SCALE))
         self.bias = parameter(jnp.array(config.initial_bias), "bias", ()) if sigmoid else None
 
-    def embed(self, views: Views, side: str) -> tuple[Float[Array, "batch embedding"], Bool[Array, "batch"]]:
+    def embed(self, encoded: Encoded, side: str) -> tuple[Float[Array, "batch embedding"], Bool[Array, "batch"]]:
         """The unit vector of a modality, and whether the study has it."""
-        tokens = join([tokens for part, tokens in views.encoded.items() if modality(part) == side])
+        tokens = join([tokens for part, tokens in encoded.items() if modality(part) == side])
         return self.pool[side](tokens), tokens.held
 
     def loss(self, views: Views, keys: PRNGKeyArray) -> Losses:
-        (a, a_present), (b, b_present) = (self.embed(views, side) for side in self.config.between)
+        batch, encoded = views.batch, dict.fromkeys(self.config.between, views.encoded)
+        if "text" in encoded and self.apart:
+            batch = excerpts(batch, dict(self.lengths)) if views.train else one_reading(batch, dict(self.lengths))[0]
+            encoded["text"] = self._texts(views, batch, views.noise(keys))
+        (a, a_present), (b, b_present) = (self.embed(encoded[side], side) for side in self.config.between)
         duplicates = self.config.mask_duplicates and "text" in self.config.between
         scale = jnp.exp(self.log_scale[...])
         loss, accuracy = contrast(
             self.config.loss, a, b, a_present & b_present, scale, None if self.bias is None else self.bias[...],
-            text_hashes(views.batch) if duplicates else None,
+            text_hashes(batch) if duplicates else None,
         )  # fmt: skip
         return Losses({"loss": loss}, {"accuracy": accuracy, "scale": Mean.of(scale)})
 
     def predict(self, views: Views) -> dict[str, Array]:
-        """The unit vector of each side, and as `SIDE_present` whether a study has it."""
+        """The unit vector of each side, and as `SIDE_present` whether a study has it. Of several texts side by side,
+        the mean of their unit vectors."""
         found = {}
         for side in self.config.between:
-            found[side], found[f"{side}_present"] = self.embed(views, side)
+            if side == "text" and self.readings > 1:
+                found[side], found[f"{side}_present"] = self._mean_of_texts(views)
+            else:
+                found[side], found[f"{side}_present"] = self.embed(views.encoded, side)
         return found
+
+    def _texts(self, views: Views, batch: Batch, noise: PRNGKeyArray | None = None) -> Encoded:
+        """The texts of a batch alone, encoded."""
+        return views.model.encode(replace(batch, images={}, packed={}), keys=noise)
+
+    def _mean_of_texts(self, views: Views) -> tuple[Float[Array, "batch embedding"], Bool[Array, "batch"]]:
+        total, count = jnp.zeros(()), jnp.zeros(())
+        for i in range(self.readings):
+            batch, held = one_reading(views.batch, dict(self.lengths), i)
+            vectors, _ = self.embed(self._texts(views, batch), "text")
+            total, count = total + jnp.where(held[:, None], vectors, 0), count + held
+        return total / jnp.maximum(count, 1)[:, None], count > 0
 
     def measure(self, held_out: HeldOut) -> Findings:
         """Retrieval both ways, zero-shot answers, and some images beside the texts nearest to them."""

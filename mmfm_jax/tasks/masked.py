@@ -34,6 +34,7 @@ from mmfm_jax.model.position import angles_1d, angles_3d, waves
 from mmfm_jax.model.tokens import Tokens, join
 from mmfm_jax.model.vision import as_patches
 from mmfm_jax.tasks.base import Losses, Task, TaskConfig, Views
+from mmfm_jax.tasks.readings import one_reading
 
 NotNegative = Annotated[float, Field(ge=0)]
 
@@ -129,7 +130,7 @@ class Masked(Task):
     def loss(self, views: Views, keys: PRNGKeyArray) -> Losses:
         """Squared error of the voxels of images and of standardised numbers, cross-entropy of tokens and of categories:
         a part each, over what is hidden."""
-        batch = self._first_texts(views.batch)
+        batch, _ = one_reading(views.batch, dict(self.lengths))
         masks = self._draw(batch, keys)
         hidden = Hidden(
             images=masks.shown,
@@ -142,15 +143,6 @@ class Masked(Task):
         noise = views.noise(keys)
         latents = views.model.fuse(views.model.encode(batch, hidden, noise), keys=noise)
         return Losses(self._score(self._decode(latents, masks, batch), masks, batch))
-
-    def _first_texts(self, batch: Batch) -> Batch:
-        """Each field with the first of the texts that stand side by side."""
-        lengths = dict(self.lengths)
-        first = {
-            field: replace(text, tokens=text.tokens[:, : lengths[field]])
-            for field, text in batch.texts.items()
-        }
-        return replace(batch, texts=first)
 
     def part_weight(self, part: str) -> float:
         weights = self.config.weights

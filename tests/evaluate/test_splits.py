@@ -264,8 +264,7 @@ def test_a_field_without_further_texts_shows_its_first_beside_those_of_another(s
     groups = list(AllTexts(lambda row: readings, both, tokenizer, 8)(batch(tokenizer, 1)))
 
     def tokens(field: str, length: int, *texts: int) -> list[int]:
-        given = [tokenizer.encode(words[field][i], length).tolist() for i in texts]
-        return sum(given, [])
+        return np.concatenate([tokenizer.encode(words[field][i], length) for i in texts]).tolist()
 
     report, history = ([texts[field].tokens[0].tolist() for texts, _ in groups] for field in ("report", "history"))
     assert report == [tokens("report", 16, 0, 1), tokens("report", 16, 2) + [0] * 16]

@@ -58,6 +58,8 @@ class Drawn:
     row: int
     texts: dict[str, list[tuple[str, str]]]
     """By field, what is shown of each text, and the whole."""
+    excerpts: dict[str, str]
+    """By field of which one was drawn."""
     values: dict[str, float | str]
     labels: dict[str, int]
     boxes: dict[str, Box]
@@ -141,7 +143,13 @@ class Samples:
             if (held := texts.get(field))
         }
         boxes = {role: box for role in self.spec.images if (box := self._box(role, row, rng))}
-        return Drawn(self, row, drawn, values, labels, boxes)
+        shares = {field: self.inputs.texts[field].excerpt for field in drawn if rng is not None}
+        excerpts = {
+            field: _sentences(drawn[field][0][1], share, rng)[0]
+            for field, share in shares.items()
+            if share is not None and rng is not None
+        }
+        return Drawn(self, row, drawn, excerpts, values, labels, boxes)
 
     def readings(self, row: int) -> list[dict[str, str]]:
         """The words of the study at `row`, by field: first the first text of each field, then the second, and so on."""
@@ -152,7 +160,7 @@ class Samples:
 
     def absent(self) -> Drawn:
         """A study of which everything is missing, to fill up a batch."""
-        return Drawn(self, ABSENT, {}, {}, {}, {})
+        return Drawn(self, ABSENT, {}, {}, {}, {}, {})
 
     # ------------------------------------------------------------ batches
 
@@ -186,7 +194,12 @@ class Samples:
             study=some(dtype=np.int32),
             images=images,
             texts={
-                field: TextPart(some(tokens, dtype=np.int32), some(dtype=bool), some(2, dtype=np.uint32))
+                field: TextPart(
+                    some(tokens, dtype=np.int32),
+                    some(dtype=bool),
+                    some(2 * tokens // spec.texts[field], dtype=np.uint32),
+                    some(spec.texts[field], dtype=np.int32) if field in spec.excerpts else None,
+                )
                 for field, tokens in spec.text_tokens.items()
             },
             table=TablePart(
@@ -214,7 +227,12 @@ class Samples:
             room.source[place] = [self._source(study.row) or 0 for study in drawn]
         for field, text in room.texts.items():
             part = map_arrays(lambda array: array[place], text)
-            fill_texts(part, [study.texts.get(field, ()) for study in drawn], self.spec.texts[field], self.tokenizer)
+            length = self.spec.texts[field]
+            fill_texts(part, [study.texts.get(field, ()) for study in drawn], length, self.tokenizer)
+            if part.excerpt is not None:
+                part.excerpt[...] = PAD
+                if held := {i: study.excerpts[field] for i, study in enumerate(drawn) if field in study.excerpts}:
+                    part.excerpt[[*held]] = self.tokenizer.encode_batch([*held.values()], length)
         self._table([study.values for study in drawn], map_arrays(lambda array: array[place], room.table))
         for name, label in room.labels.items():
             label.value[place] = [study.labels.get(name, 0) for study in drawn]
@@ -398,21 +416,20 @@ def _below(value: float, dtype: str) -> float:
 def fill_texts(
     part: TextPart, studies: Sequence[Sequence[tuple[str, str]]], length: int, tokenizer: Tokenizer
 ) -> None:
-    """Writes what is shown of the texts of studies side by side, `length` tokens each, and the digest of the whole."""
+    """Writes what is shown of the texts of studies side by side, `length` tokens each, and the digest of each whole."""
     part.tokens[...], part.digest[...] = PAD, 0
     if places := [(i, j) for i, texts in enumerate(studies) for j in range(len(texts))]:
         shown = [text for texts in studies for text, _ in texts]
-        part.tokens.reshape(len(studies), -1, length)[*zip(*places)] = tokenizer.encode_batch(shown, length)
-        held = [i for i, texts in enumerate(studies) if texts]
-        part.digest[held] = [digest([whole for _, whole in studies[i]]) for i in held]
+        at = tuple(zip(*places))
+        part.tokens.reshape(len(studies), -1, length)[at] = tokenizer.encode_batch(shown, length)
+        part.digest.reshape(len(studies), -1, 2)[at] = [digest(whole) for texts in studies for _, whole in texts]
     # A foreign tokenizer may have no start token; then an empty text has nothing to attend to and counts as absent.
     part.present[...] = (part.tokens != PAD).any(1)
 
 
-def digest(texts: Sequence[str]) -> np.ndarray:
-    """64 bits of texts, uint32 [2]: equal for equal texts in any order, but for space at their ends."""
-    joined = "\0".join(sorted(text.strip() for text in texts))
-    return np.frombuffer(hashlib.blake2b(joined.encode(), digest_size=8).digest(), np.uint32)
+def digest(text: str) -> np.ndarray:
+    """64 bits of a text, uint32 [2]: equal for equal texts but for space at their ends."""
+    return np.frombuffer(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), np.uint32)
 
 
 def _drawn(texts: Sequence[str], config: TextInput, rng: np.random.Generator | None) -> list[tuple[str, str]]:

@@ -47,6 +47,7 @@ def make_spec(
         },
         texts={field: text.length for field, text in inputs.texts.items()},
         readings={field: text.readings for field, text in inputs.texts.items() if text.readings > 1},
+        excerpts=tuple(field for field, text in inputs.texts.items() if text.excerpt is not None),
         vocabulary_size=tokenizer.vocabulary_size,
         mask_token=tokenizer.mask_token,
         # A column that never varies has sd 0; it is then only centred.

@@ -78,7 +78,8 @@ def _slab(voxels: Array, shape: ImageShape) -> Array:
 
 def _text(part: TextPart) -> TextPart:
     present = part.present[:, None]
-    return TextPart(jnp.where(present, part.tokens, PAD), part.present, jnp.where(present, part.digest, 0))
+    excerpt = None if part.excerpt is None else jnp.where(present, part.excerpt, PAD)
+    return TextPart(jnp.where(present, part.tokens, PAD), part.present, jnp.where(present, part.digest, 0), excerpt)
 
 
 def _table(table: TablePart, spec: InputSpec) -> TablePart:

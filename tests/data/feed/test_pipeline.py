@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from mmfm_jax.config.inputs import Inputs
 from mmfm_jax.data.batch import Batch, NumberStats
-from mmfm_jax.data.feed.example import Samples
+from mmfm_jax.data.feed.example import Samples, digest
 from mmfm_jax.data.feed.order import training_rows
 from mmfm_jax.data.feed.pipeline import batch_checksum, evaluation_batches, local_batches
 from mmfm_jax.data.feed.spec import make_spec
@@ -292,19 +292,41 @@ def test_training_draws_how_many_texts_stand_side_by_side_and_which():
     samples, rng = samples_of(studies, inputs), np.random.default_rng(0)
     assert samples.spec.readings == {"report": 2} and samples.spec.text_tokens == {"report": 40}
     place = {samples.tokenizer.encode(text, 20).tobytes(): i for i, text in enumerate(texts)} | {bytes(80): None}
-    drawn, digests = Counter(), {}
+    whole = {None: bytes(8)} | {i: digest(text).tobytes() for i, text in enumerate(texts)}
+    drawn = Counter()
     for _ in range(600):
         part = samples.read(0, rng).texts["report"]
         found = tuple(place[part.tokens[at : at + 20].tobytes()] for at in (0, 20))
         drawn[found] += 1
-        digests.setdefault(frozenset(found), set()).add(part.digest.tobytes())
-    expected = {(i, None): 100 for i in range(3)} | {pair: 50 for pair in itertools.permutations(range(3), 2)}
+        assert part.digest.tobytes() == b"".join(whole[text] for text in found)
+    expected = {(i, None): 100 for i in range(3)} | dict.fromkeys(itertools.permutations(range(3), 2), 50)
     assert set(drawn) == set(expected)
     assert all(abs(drawn[found] - often) < 5 * often**0.5 for found, often in expected.items())
-    assert all(len(of) == 1 for of in digests.values()) and len(set().union(*digests.values())) == 6
     for row, generator in ((0, None), (1, None), (1, rng)):
         tokens = samples.read(row, generator).texts["report"].tokens
         assert place[tokens[:20].tobytes()] == 0 and not tokens[20:].any()
+
+
+def test_an_excerpt_is_some_sentences_of_the_first_text_drawn_beside_whole_texts():
+    texts = tuple(f"Reader {r}. Round {r}. Smooth {r}." for r in range(3))
+    field = {"length": 20, "readings": 2, "excerpt": 0.5}
+    inputs = Inputs.model_validate({"texts": {"report": field}})
+    studies = [Study("p", "train", texts={"report": texts}), Study("q", "train", texts={})]
+    samples, rng = samples_of(studies, inputs), np.random.default_rng(0)
+    kept, orders = [], set()
+    for _ in range(300):
+        part = samples.read(0, rng).texts["report"]
+        shown, said = (samples.tokenizer.decode(tokens) for tokens in (part.tokens[:20], part.excerpt))
+        reader = shown.split(".")[0][-1]
+        sentences = [sentence.strip() for sentence in said.split(".") if sentence]
+        assert set(sentences) <= {f"{word} {reader}" for word in ("reader", "round", "smooth")}
+        assert shown == f"reader {reader}. round {reader}. smooth {reader}." and len(set(sentences)) == len(sentences)
+        kept.append(len(sentences))
+        orders.add(tuple(sentence[:2] for sentence in sentences))
+    assert len(orders) == 15  # every choice of sentences in every order
+    assert abs(np.mean(kept) - (3 * 0.5 + 0.5**3)) < 0.2
+    assert not samples.read(1, rng).texts["report"].excerpt.any()  # no text
+    assert not samples.read(0, None).texts["report"].excerpt.any()  # evaluation draws none
 
 
 def test_a_category_that_the_model_does_not_know_counts_as_missing(samples):
