@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from mmfm_jax.config.base import Config, Count, Fraction, Probability
+from mmfm_jax.config.base import Config, Count, Fraction, NotNegative, PositiveFloat, PositiveInt, Probability
 
 
 class MeshConfig(Config):
@@ -53,7 +53,7 @@ class OptimizerConfig(Config):
     kind: Literal["adamw", "muon"] = "adamw"
     """Muon is for the matrices of transformer blocks, at AdamW's learning rates; all other parameters have AdamW."""
     learning_rate: PositiveFloat = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    weight_decay: NotNegative = 0.05
     """Decoupled, on matrices only: not on embeddings, learned tokens, positions, biases and scales."""
     b1: Probability = 0.9
     b2: Probability = 0.95
