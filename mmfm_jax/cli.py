@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -97,7 +98,6 @@ def inspect(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
     """Trains a configuration into a run folder; a run that holds a checkpoint goes on from it by itself."""
-    from mmfm_jax.data.store.mix import check_there
     from mmfm_jax.experiment import load_experiment
     from mmfm_jax.train.place import check_free
 
@@ -105,6 +105,9 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.run is None:
         raise UserError("train: give the folder of the run, such as --run runs/demo; it is made if it is not there")
     check_free(args.run)
+
+    from mmfm_jax.data.store.mix import check_there
+
     check_there(experiment.data)
 
     import jax
@@ -130,11 +133,13 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measures a run on held-out patients; writes evaluation.json and report.html into it."""
-    from mmfm_jax.data.store.mix import check_there
-    from mmfm_jax.experiment import load_experiment
     from mmfm_jax.train.place import CONFIG, check_run
 
     check_run(args.run)
+
+    from mmfm_jax.data.store.mix import check_there
+    from mmfm_jax.experiment import load_experiment
+
     check_there(load_experiment(args.run / CONFIG).data)
 
     from mmfm_jax.evaluate.evaluate import evaluate
@@ -347,13 +352,23 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError(f"{name}: is no verb; {f'did you mean {near[0]}?' if near else '`mmfm --help` lists them'}")
     if name not in TAKE_FIELDS:
         return top.parse_args(words), []
+    options = verbs[name]._option_string_actions
     own, fields = [], []
     place = own
     for word in words:
         if word.startswith("--"):
-            place = own if word.partition("=")[0] in verbs[name]._option_string_actions else fields
+            place = own if word.partition("=")[0] in options else fields
+            if place is fields:
+                _check_option(word, options)
         (own if word == "-h" else place).append(word)
     return top.parse_args(own), fields
+
+
+def _check_option(word: str, options: Iterable[str]) -> None:
+    """Raises UserError for a misspelt option of a verb, which is no field."""
+    near = difflib.get_close_matches(word.partition("=")[0], options, 1, 0.8)
+    if near and "." not in word.partition("=")[0]:
+        raise UserError(f"{word}: is no option; did you mean {near[0]}?")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -33,6 +33,7 @@ class Experiment(Config):
     """Everything a run depends on; saved, resolved, with the run."""
 
     name: str
+    """Of the experiment, as reports show it."""
     seed: Seed = 0
     """Of initialisation, shuffling, augmentation and masking."""
     inputs: Inputs

@@ -56,8 +56,11 @@ class ImageOptions(Config):
     """What is otherwise for the images of one store of a mix; what is not given is as in `inputs.images`."""
 
     window: Window | tuple[Window, ...] | None = None
+    """Raw values that map to 0 and 1."""
     crop: Literal["centre", "random"] | None = None
+    """Where training crops are taken."""
     foreground: Foreground | None = None
+    """What a share of the random crops is centred on."""
 
     @model_validator(mode="after")
     def _window_is_one(self):

@@ -13,8 +13,11 @@ class TransformerConfig(Config):
     """Size of one stack of pre-norm transformer blocks."""
 
     width: PositiveInt
+    """Features of a token; `heads` divides it."""
     depth: PositiveInt
+    """Blocks, one after the other."""
     heads: PositiveInt
+    """Of attention; each has an even share of the width."""
     mlp_ratio: PositiveFloat = 4.0
     """Hidden width of the MLP over `width`."""
     gated: bool = False

@@ -29,6 +29,7 @@ class TaskConfig(Config):
     """Fields that training does not read, so that a run may go on with others."""
 
     kind: str
+    """Which task it is."""
     weight: NotNegative = 1.0
     """Factor of this task's loss in the sum."""
 

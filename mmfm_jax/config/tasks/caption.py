@@ -12,7 +12,9 @@ class CaptionConfig(TaskConfig):
     """Cross-entropy of each next token of one text field, no text being shown to the fusion."""
 
     kind: Literal["caption"] = "caption"
+    """Which task it is."""
     field: str
+    """Text of the inputs that is predicted."""
     decoder: TransformerConfig
     """Causal, with cross-attention to the latents in every block."""
     tied: bool = False

@@ -12,7 +12,9 @@ class ClassificationConfig(TaskConfig):
     """Cross-entropy of one of the store's labels."""
 
     kind: Literal["classification"] = "classification"
+    """Which task it is."""
     label: str
+    """Of the store."""
     smoothing: Probability = 0.0
     """Share of the target spread over all classes (arXiv:1512.00567)."""
     dropout: Probability = 0.0

@@ -17,8 +17,11 @@ class ZeroShot(Config):
     """A label read off image-text similarity: mean over positive minus mean over negative prompts."""
 
     label: str
+    """Of the store, with two classes."""
     positive: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Sentences that are true where the label is."""
     negative: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Sentences that are true where it is not."""
     contexts: Count = 100
     """Training texts in which the prompts stand, at most: of those that hold one of the prompts, with every other in
     its place. A prompt alone is shorter than any text that was trained on. Where none holds one, all stand alone."""
@@ -34,6 +37,7 @@ class ContrastiveConfig(TaskConfig):
     of_evaluation: ClassVar[tuple[str, ...]] = ("zero_shot",)
 
     kind: Literal["contrastive"] = "contrastive"
+    """Which task it is."""
     between: tuple[Modality, Modality] = ("image", "text")
     """The two modalities that are compared."""
     loss: Literal["sigmoid", "softmax"] = "sigmoid"

@@ -15,15 +15,20 @@ class PartWeights(Config):
     """Factors of the parts of the loss: of each image role, each text field, the numbers and the categories."""
 
     image: NotNegative = 1.0
+    """Of each image role."""
     text: NotNegative = 1.0
+    """Of each text field."""
     numbers: NotNegative = 1.0
+    """Of the table's numbers together."""
     categories: NotNegative = 1.0
+    """Of its categories together."""
 
 
 class MaskedConfig(TaskConfig):
     """Hides a share of each modality and predicts it from what is left of all."""
 
     kind: Literal["masked"] = "masked"
+    """Which task it is."""
     image: Probability = 0.6
     """Share of the patches that is hidden."""
     text: Probability = 0.3
