@@ -295,10 +295,12 @@ def parser() -> Parser:
     )
     of_plan.add_argument("--topology", help="chips of one slice, such as v5e:16x16, v5p:4x4x4, v6e:16x16")
     of_plan.add_argument("--slices", type=int, default=1, help="slices, joined by the network; mesh.data crosses them")
-    of_plan.add_argument("--price", type=float, help="USD of one chip for an hour, to price the run")
+    of_plan.add_argument("--price", type=_positive(float), help="USD of one chip for an hour, to price the run")
     of_plan.add_argument("--store", action="store_true", help="read shapes from the store instead of assuming them")
     of_plan.add_argument("--sweep", action="store_true", help="try remat, batch sizes and meshes; the best as a table")
-    of_plan.add_argument("--sweep-limit", type=int, default=12, metavar="N", help="compile at most N of them (12)")
+    of_plan.add_argument(
+        "--sweep-limit", type=_positive(int), default=12, metavar="N", help="compile at most N of them (12)"
+    )
     of_plan.add_argument("--measure", action="store_true", help="time the step on the devices of this machine")
     for flag, metavar, of in (
         ("--host-cores", "N", "cores of a host that may read (its vCPUs as published)"),

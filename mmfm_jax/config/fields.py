@@ -27,7 +27,11 @@ def model_for(annotation: Any, value: Any) -> type[BaseModel] | None:
     if len(models) < 2:
         return models[0] if models else None
     kind = value.get(KIND) if isinstance(value, dict) else None
-    return next((model for model in models if kind in get_args(model.model_fields[KIND].annotation)), None)
+    return next((model for model in models if kind in _kinds(model)), None)
+
+
+def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(model.model_fields[KIND].annotation) if KIND in model.model_fields else ()
 
 
 def inside(annotation: Any, key: str | int, value: Any) -> Any:
@@ -77,13 +81,12 @@ def described(model: type[BaseModel]) -> tuple[Described, ...]:
 def _described(model: type[BaseModel], above: tuple[str, ...], kind: str) -> Iterator[Described]:
     for name, field in model.model_fields.items():
         path, within = (*above, name), list(_within(type_of(field)))
-        plain = not models_of(type_of(field)) or field.annotation not in models_of(type_of(field))
-        if plain and not (within and within[0][0]):
+        section = field.annotation in models_of(type_of(field)) or any(key for key, _ in within)
+        if not section:
             text = " ".join((field.description or "").split())
             yield Described(path, words_of(type_of(field)), _default(field), text, kind)
         for key, inner in within:
-            of_kind = get_args(inner.model_fields[KIND].annotation)[0] if len(within) > 1 else kind
-            yield from _described(inner, (*path, *key), of_kind)
+            yield from _described(inner, (*path, *key), _kinds(inner)[0] if len(within) > 1 and _kinds(inner) else kind)
 
 
 def _within(annotation: Any) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:

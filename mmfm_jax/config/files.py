@@ -109,7 +109,7 @@ def parse(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mend = next((mend for problem, mend in _MENDS.items() if (error.problem or "").startswith(problem)), "")
         where = _place(error.problem_mark or error.context_mark)
-        raise UserError(f"{source}: {where}this is no valid YAML{'; ' if mend else ''}{mend}") from error
+        raise UserError(f"{source}: {where}not valid YAML{'; ' if mend else ''}{mend}") from error
     except RecursionError as error:
         raise UserError(f"{source}: is nested too deep; no brackets or indents of a configuration go so far") from error
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mmfm_jax.config.base import LOW_HIGH, ZYX, Config, Extent, Fraction, PositiveFloat, PositiveInt
+from mmfm_jax.config.base import LARGEST, LOW_HIGH, ZYX, Config, Extent, Fraction, PositiveFloat, PositiveInt
 
 Window = Annotated[tuple[float, float], LOW_HIGH]
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -114,6 +115,8 @@ class ImageInput(Config):
 
     @model_validator(mode="after")
     def _divides(self):
+        if math.prod(self.size) > LARGEST:
+            raise ValueError(f"size {list(self.size)} is {math.prod(self.size)} voxels; give {LARGEST} at most")
         if any(s % p for s, p in zip(self.size, self.patch)):
             raise ValueError(
                 f"patch {list(self.patch)} does not divide size {list(self.size)}; make each size a multiple"

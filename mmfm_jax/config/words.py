@@ -87,7 +87,7 @@ def _one(annotation: Any, plural: bool = False) -> str:
     if inner is types.NoneType:
         return "null"
     if origin is Literal:
-        return ("each " if plural else "") + f"one of {', '.join(map(str, args))}"
+        return f"{'words among' if plural else 'one of'} {', '.join(map(str, args))}"
     if origin is tuple:
         return _list(args, metadata, plural)
     if origin is dict:
