@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import math
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from mmfm_jax.errors import UserError
 from mmfm_jax.parallel.flags import set_flags, with_huge_pages
@@ -94,28 +98,50 @@ def inspect(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
     """Trains a configuration into a run folder; a run that holds a checkpoint goes on from it by itself."""
+    from mmfm_jax.experiment import load_experiment
+    from mmfm_jax.train.place import check_free
+
+    experiment = load_experiment(args.config, overrides)
+    if args.run is None:
+        raise UserError("train: give the folder of the run, such as --run runs/demo; it is made if it is not there")
+    check_free(args.run)
+
+    from mmfm_jax.data.store.mix import check_there
+
+    check_there(experiment.data)
+
     import jax
     from rich.console import Console
 
-    from mmfm_jax.experiment import load_experiment
     from mmfm_jax.parallel.compiled import keep_compiled
     from mmfm_jax.parallel.processes import start_processes
     from mmfm_jax.train.clock import Clock
     from mmfm_jax.train.loop import train
 
-    clock, console = Clock(STARTED), Console()
+    def tell_place() -> None:
+        if place and jax.process_index() == 0:
+            console.print(f"Compiled programs are kept in {place}.", soft_wrap=True, highlight=False)
+
+    clock, console = Clock(STARTED, before={"compile": tell_place}), Console()
     with clock("devices"):
         start_processes()
         place = keep_compiled()
-    if place and jax.process_index() == 0:
-        console.print(f"Compiled programs are kept in {place}.", soft_wrap=True, highlight=False)
-    outcome = train(load_experiment(args.config, overrides), args.run, console, clock)
+    outcome = train(experiment, args.run, console, clock)
     if file := os.environ.get("MMFM_OUTCOME"):  # for launchers: both end with status 0
         Path(file).write_text("stopped\n" if outcome.stopped else "finished\n")
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measures a run on held-out patients; writes evaluation.json and report.html into it."""
+    from mmfm_jax.train.place import CONFIG, check_run
+
+    check_run(args.run)
+
+    from mmfm_jax.data.store.mix import check_there
+    from mmfm_jax.experiment import load_experiment
+
+    check_there(load_experiment(args.run / CONFIG).data)
+
     from mmfm_jax.evaluate.evaluate import evaluate
 
     evaluate(args.run)
@@ -126,15 +152,21 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> None:
 
     --measure instead times the step on the devices of this machine, on random data.
     """
+    from mmfm_jax.experiment import load_experiment
+
+    experiment = load_experiment(args.config, overrides)
     if not args.measure:
+        from mmfm_jax.plan.chips import check_pod
+
         if args.topology is None:
             raise UserError("plan: give the pod to compile for, such as --topology v5e:16x16, or --measure")
+        check_pod(args.topology, args.slices)
         from mmfm_jax.plan.environment import compile_without_devices
 
         compile_without_devices()
     from mmfm_jax.plan.command import run
 
-    run(args, overrides)
+    run(args, experiment)
 
 
 def bench(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -144,6 +176,10 @@ def bench(args: argparse.Namespace, overrides: list[str]) -> None:
     and with PyTorch's own kernels of attention. data: random crops, against plain TensorStore reads of the same crops
     and against MONAI on the same volumes as .nii.gz.
     """
+    if args.config and Path(args.config).is_file():  # its mistakes are told before what is slow is imported
+        from mmfm_jax.experiment import load_experiment
+
+        load_experiment(args.config, overrides)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other side needs memory too
     if args.what == "train":
         from mmfm_jax.bench.train import run
@@ -166,19 +202,56 @@ def schema(args: argparse.Namespace) -> None:
     print(json.dumps(described.model_json_schema(), indent=1))
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+FIELDS = """Any field can be set, after CONFIG: --train.steps 500, --train.steps=500, --inputs.images.ct.size 32 64 64.
+NAME is a name of yours, N a place in a list from 0; a value is YAML; of a field that is set twice the last counts."""
+TAKE_FIELDS = ("train", "plan", "bench")
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one sentence, and in the help of a verb that takes fields of a configuration, all of them."""
+
+    def error(self, message: str) -> NoReturn:
+        verb = self.prog.partition(" ")[2]
+        raise UserError(f"{f'{verb}: ' if verb else ''}{message}; `{self.prog} --help` tells more")
+
+    def print_help(self, file: Any = None) -> None:
+        super().print_help(file)
+        if self.prog.rpartition(" ")[2] in TAKE_FIELDS:
+            from mmfm_jax.config.fields import listing
+            from mmfm_jax.experiment import experiment_type
+
+            print(f"\n{FIELDS}\n{listing(experiment_type())}", file=file)
+
+
+class Version(argparse.Action):
+    """Prints the versions that a report of a fault needs."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
+        import platform
+        from importlib.metadata import version
+
+        from mmfm_jax import __version__
+
+        print(f"mmfm_jax {__version__}, jax {version('jax')}, python {platform.python_version()}")
+        parser.exit()
+
+
+def parser() -> Parser:
+    top = Parser(
+        allow_abbrev=False,
         prog="mmfm",
         description="Trains multimodal foundation models on medical images, texts and tables.",
         epilog="examples:\n" + "\n".join(f"  {example}" for example in EXAMPLES.values()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action=Version, nargs=0, help="print versions: of mmfm_jax, jax and python")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(function) -> argparse.ArgumentParser:
         name, help = function.__name__, function.__doc__
         example = f"example: {EXAMPLES[name]}" if name in EXAMPLES else None
-        added = verbs.add_parser(name, help=help.split(". ")[0].rstrip("."), description=help, epilog=example)
+        said = help.split(". ")[0].rstrip(".")
+        added = verbs.add_parser(name, help=said, description=help, epilog=example, allow_abbrev=False)
         added.set_defaults(function=function)
         return added
 
@@ -213,7 +286,7 @@ def parser() -> argparse.ArgumentParser:
     of_train.add_argument(
         "config", type=Path, help="experiment in YAML; any of its fields can be set as --field.name VALUE"
     )
-    of_train.add_argument("--run", type=Path, required=True, help="folder of the run; made if it is not there")
+    of_train.add_argument("--run", type=Path, help="folder of the run, which must be given; made if it is not there")
     of_evaluate = verb(evaluate)
     of_evaluate.add_argument("run", type=Path, help="folder of a run")
     of_plan = verb(plan)
@@ -222,10 +295,12 @@ def parser() -> argparse.ArgumentParser:
     )
     of_plan.add_argument("--topology", help="chips of one slice, such as v5e:16x16, v5p:4x4x4, v6e:16x16")
     of_plan.add_argument("--slices", type=int, default=1, help="slices, joined by the network; mesh.data crosses them")
-    of_plan.add_argument("--price", type=float, help="USD of one chip for an hour, to price the run")
+    of_plan.add_argument("--price", type=_positive(float), help="USD of one chip for an hour, to price the run")
     of_plan.add_argument("--store", action="store_true", help="read shapes from the store instead of assuming them")
     of_plan.add_argument("--sweep", action="store_true", help="try remat, batch sizes and meshes; the best as a table")
-    of_plan.add_argument("--sweep-limit", type=int, default=12, metavar="N", help="compile at most N of them (12)")
+    of_plan.add_argument(
+        "--sweep-limit", type=_positive(int), default=12, metavar="N", help="compile at most N of them (12)"
+    )
     of_plan.add_argument("--measure", action="store_true", help="time the step on the devices of this machine")
     for flag, metavar, of in (
         ("--host-cores", "N", "cores of a host that may read (its vCPUs as published)"),
@@ -257,31 +332,67 @@ def parser() -> argparse.ArgumentParser:
 
 def _positive(kind):
     def positive(text: str):
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        try:
+            value = kind(text)
+        except ValueError as error:
+            said = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text} is not {said}; give {said} above 0") from error
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
         return value
 
     return positive
 
 
+def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a verb, and the words that set fields of its configuration: those after an option of no verb's."""
+    top = parser()
+    verbs = next(action.choices for action in top._actions if isinstance(action.choices, dict))
+    name = words[0] if words else ""
+    if name and not name.startswith("-") and name not in verbs:
+        near = difflib.get_close_matches(name, verbs, 1)
+        raise UserError(f"{name}: is no verb; {f'did you mean {near[0]}?' if near else '`mmfm --help` lists them'}")
+    if name not in TAKE_FIELDS:
+        return top.parse_args(words), []
+    options = verbs[name]._option_string_actions
+    own, fields = [], []
+    place = own
+    for word in words:
+        if word.startswith("--"):
+            place = own if word.partition("=")[0] in options else fields
+            if place is fields:
+                _check_option(word, options)
+        (own if word == "-h" else place).append(word)
+    return top.parse_args(own), fields
+
+
+def _check_option(word: str, options: Iterable[str]) -> None:
+    """Raises UserError for a misspelt option of a verb, which is no field."""
+    near = difflib.get_close_matches(word.partition("=")[0], options, 1, 0.8)
+    if near and "." not in word.partition("=")[0]:
+        raise UserError(f"{word}: is no option; did you mean {near[0]}?")
+
+
 def main(arguments: list[str] | None = None) -> None:
     set_flags()
-    args, rest = parser().parse_known_args(arguments)
-    if arguments is None and args.verb in ("train", "evaluate", "bench") and (environment := with_huge_pages()):
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-    takes_fields = args.verb in ("train", "plan", "bench")
-    if rest and not takes_fields:
-        parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        args.function(args, rest) if takes_fields else args.function(args)
+        args, fields = parse(sys.argv[1:] if arguments is None else arguments)
+        if arguments is None and args.verb in ("train", "evaluate", "bench") and (environment := with_huge_pages()):
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+        args.function(args, fields) if args.verb in TAKE_FIELDS else args.function(args)
     except UserError as error:
-        print(f"mmfm: {error}", file=sys.stderr)
-        sys.stderr.flush()
-        sys.exit(2)
+        _fail(str(error))
+    except MemoryError:
+        _fail("this machine's memory is too small for this; make train.batch_size, inputs or model smaller")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _fail(sentence: str) -> NoReturn:
+    print(f"mmfm: {sentence}", file=sys.stderr)
+    sys.stderr.flush()
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -7,31 +7,34 @@ The parts lie in `config/`. What a task can be configured with lives in the task
 from __future__ import annotations
 
 import functools
+import json
 import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError, create_model, model_validator
 
-from mmfm_jax.config.base import Config, Count
+from mmfm_jax.config.base import Config, Seed
 from mmfm_jax.config.data import DataConfig, changed_image
 from mmfm_jax.config.evaluation import EvaluateConfig
-from mmfm_jax.config.files import describe, read_yaml
+from mmfm_jax.config.files import as_json, dump, read_yaml
+from mmfm_jax.config.flags import apply_flags
 from mmfm_jax.config.inputs import Inputs
+from mmfm_jax.config.mistakes import describe
 from mmfm_jax.config.model import ModelConfig
+from mmfm_jax.config.tasks.base import TaskConfig
 from mmfm_jax.config.training import CheckpointConfig, MeshConfig, OptimizerConfig, TrainConfig
 from mmfm_jax.errors import UserError
-from mmfm_jax.tasks import task_types
-from mmfm_jax.tasks.base import Task, TaskConfig
+from mmfm_jax.tasks import task_configs
 
 
 class Experiment(Config):
     """Everything a run depends on; saved, resolved, with the run."""
 
     name: str
-    seed: Count = 0
+    """Of the experiment, as reports show it."""
+    seed: Seed = 0
     """Of initialisation, shuffling, augmentation and masking."""
     inputs: Inputs
     data: DataConfig
@@ -95,45 +98,44 @@ class Experiment(Config):
 
 def experiment_type() -> type[Experiment]:
     """`Experiment` with `tasks` narrowed to the union of every task's Config."""
-    return _experiment_of(tuple(task_types().values()))
+    return _experiment_of(tuple(task_configs().values()))
 
 
 @functools.cache
-def _experiment_of(types: tuple[type[Task], ...]) -> type[Experiment]:
-    configs: Any = functools.reduce(operator.or_, (task.Config for task in types))
-    tasks: Any = dict[str, Annotated[configs, Field(discriminator="kind")]]
+def _experiment_of(configs: tuple[type[TaskConfig], ...]) -> type[Experiment]:
+    union: Any = functools.reduce(operator.or_, configs)
+    tasks: Any = dict[str, Annotated[union, Field(discriminator="kind")]]
     return create_model("Experiment", __base__=Experiment, __doc__=Experiment.__doc__, tasks=(tasks, ...))
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Reads a YAML experiment and applies dotted overrides (`["--train.steps", "500"]`).
+    """Reads a YAML experiment and applies dotted overrides (`["--train.steps", "500"]`); nothing here needs JAX.
 
     Raises UserError with one sentence that names the file, the field and what is wrong.
     """
-    import tyro
-
-    raw = read_yaml(path, "an experiment in YAML, such as configs/demo.yaml")
-    experiment = validate(raw, str(path))
-    if not overrides:
-        return experiment
-    try:
-        return tyro.cli(experiment_type(), default=experiment, args=list(overrides), prog=f"mmfm train {path}")
-    except ValidationError as error:
-        raise UserError(describe(error, "the command line")) from error
+    return validate(read_yaml(path, "an experiment in YAML, such as configs/demo.yaml"), str(path), overrides)
 
 
-def validate(raw: Any, source: str) -> Experiment:
+def changed(experiment: Experiment, overrides: Sequence[str], source: str) -> Experiment:
+    """An experiment with dotted overrides applied. Raises UserError, which names `source`."""
+    return validate(experiment.model_dump(mode="json"), source, overrides) if overrides else experiment
+
+
+def validate(raw: Any, source: str, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment in parsed YAML; `source` is named in errors."""
-    if not isinstance(raw, dict):
+    model = experiment_type()
+    if not isinstance(raw, dict) or not any(key in model.model_fields for key in raw):
         raise UserError(
             f"{source}: holds no experiment; it must be a mapping with inputs, data, model, tasks and train"
         )
+    held, flags = apply_flags(as_json(raw, source), overrides, model)
+    held = as_json(held, "the command line")
     try:
-        return experiment_type().model_validate(raw)
+        return model.model_validate_json(json.dumps(held), strict=True)
     except ValidationError as error:
-        raise UserError(describe(error, source)) from error
+        raise UserError(describe(error, source, held, model, flags=flags)) from error
 
 
 def to_yaml(experiment: Experiment) -> str:
     """The resolved experiment as YAML that `load_experiment` reads back to an equal value."""
-    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, width=120)
+    return dump(experiment.model_dump(mode="json"))

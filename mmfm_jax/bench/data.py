@@ -34,7 +34,7 @@ from mmfm_jax.data.feed.tokenizer import Tokenizer
 from mmfm_jax.data.store.mix import open_data
 from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.errors import UserError
-from mmfm_jax.experiment import Experiment, experiment_type, load_experiment, validate
+from mmfm_jax.experiment import Experiment, changed, load_experiment, validate
 
 BUILTIN = "ct-96"
 VOLUMES, SLICES = 8, 256
@@ -68,12 +68,7 @@ def _experiment(name: str, overrides: list[str], place: Path) -> Experiment:
             raise UserError(f"{name}: is neither a file nor {BUILTIN}, the built-in volumes")
         return load_experiment(name, overrides)
     write_store(str(place / "store"), SCHEMA, ct_studies([SLICES] * VOLUMES, ["train"] * VOLUMES))
-    experiment = builtin(str(place / "store"))
-    if not overrides:
-        return experiment
-    import tyro
-
-    return tyro.cli(experiment_type(), default=experiment, args=overrides, prog=f"mmfm bench data {name}")
+    return changed(builtin(str(place / "store")), overrides, f"bench data {name}")
 
 
 def builtin(store: str) -> Experiment:

@@ -21,7 +21,7 @@ from mmfm_jax.bench import peer
 from mmfm_jax.bench.models import FOR_PLATFORM, MODELS, builtin
 from mmfm_jax.bench.ours import Ours, matmul_peak
 from mmfm_jax.errors import UserError
-from mmfm_jax.experiment import Experiment, load_experiment
+from mmfm_jax.experiment import Experiment, changed, load_experiment
 
 WARM_UP = 2
 ROUND_SECONDS = 4.0  # a side takes steps for about as long before the other has its turn
@@ -78,13 +78,7 @@ def _experiment(name: str, overrides: list[str]) -> Experiment:
         if not Path(name).exists():
             raise UserError(f"{name}: is neither a file nor one of {', '.join(MODELS)}")
         return load_experiment(name, overrides)
-    if not overrides:
-        return builtin(name)
-    import tyro
-
-    from mmfm_jax.experiment import experiment_type
-
-    return tyro.cli(experiment_type(), default=builtin(name), args=overrides, prog=f"mmfm bench train {name}")
+    return changed(builtin(name), overrides, f"bench train {name}")
 
 
 def compare(experiment: Experiment, where: str, rounds: int) -> Comparison:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field
 
-from mmfm_jax.config.base import Config
+from mmfm_jax.config.base import LARGEST, Config, PositiveInt
 
 
 class EvaluateConfig(Config):
     """What `mmfm evaluate` measures on held-out patients."""
 
     split: str = "test"
+    """Of the store, whose patients are measured."""
     batch_size: PositiveInt = 128
+    """Studies that are computed at once."""
     bootstrap: PositiveInt = 1000
     """Patient-level resamples behind each 95% interval."""
     baselines: dict[str, tuple[str, ...]] = {}
@@ -28,13 +30,7 @@ class EvaluateConfig(Config):
     untrained: bool = True
     """Also probes the model as it was before its training, which takes its parameters' memory once more."""
     recall_at: tuple[PositiveInt, ...] = (1, 5, 10)
-    max_gallery: Annotated[int, Field(ge=2)] = 10_000
+    """Numbers k for which retrieval tells how often the partner is among the first k."""
+    max_gallery: Annotated[int, Field(ge=2, le=LARGEST)] = 10_000
     """Studies among which retrieval finds a study's partner; of more, that many are drawn by a hash of patients, the
     same for every run. Recall@k falls as a gallery grows, so compare it between galleries of one size."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _questions_are_of_tasks(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "zero_shot" in given:
-            raise ValueError("zero_shot is of the contrastive task that answers it; move it to tasks.NAME.zero_shot")
-        return given

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from mmfm_jax.config.base import Config, Extent, Fraction
+from mmfm_jax.config.base import LARGEST, LOW_HIGH, ZYX, Config, Extent, Fraction, PositiveFloat, PositiveInt
 
-Window = tuple[float, float]
+Window = Annotated[tuple[float, float], LOW_HIGH]
+Percent = Annotated[float, Field(ge=0, le=100)]
 ZScore = Literal["zscore", "zscore_foreground"]
 
 
@@ -29,7 +31,7 @@ def check_windows(window: Window | tuple[Window, ...]) -> None:
 class Percentiles(Config):
     """The window of each volume by its own intensities."""
 
-    percentiles: tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]] = (0.5, 99.5)
+    percentiles: Annotated[tuple[Percent, Percent], LOW_HIGH] = (0.5, 99.5)
     """Of the whole volume, which map to 0 and 1; values outside are clipped."""
 
     @model_validator(mode="after")
@@ -93,7 +95,7 @@ class ImageInput(Config):
     set to one value, such as brains without the skull."""
     crop: Literal["centre", "random"] = "centre"
     """Where training crops of volumes larger than `size` are taken; evaluation always takes the centre."""
-    spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    spacing_mm: Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], ZYX] | None = None
     """Spacing of the voxels of `size`, z y x: crops of a store of native spacings are read as large as they need be and
     resampled on the device. Without it a crop is `size` voxels as the store holds them."""
     foreground: Foreground | None = None
@@ -113,6 +115,8 @@ class ImageInput(Config):
 
     @model_validator(mode="after")
     def _divides(self):
+        if math.prod(self.size) > LARGEST:
+            raise ValueError(f"size {list(self.size)} is {math.prod(self.size)} voxels; give {LARGEST} at most")
         if any(s % p for s, p in zip(self.size, self.patch)):
             raise ValueError(
                 f"patch {list(self.patch)} does not divide size {list(self.size)}; make each size a multiple"

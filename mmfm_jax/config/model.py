@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import model_validator
 
-from mmfm_jax.config.base import Config, Count, Probability
+from mmfm_jax.config.base import Config, Count, Order, PositiveFloat, PositiveInt, Probability
 
 
 class TransformerConfig(Config):
     """Size of one stack of pre-norm transformer blocks."""
 
     width: PositiveInt
+    """Features of a token; `heads` divides it."""
     depth: PositiveInt
+    """Blocks, one after the other."""
     heads: PositiveInt
+    """Of attention; each has an even share of the width."""
     mlp_ratio: PositiveFloat = 4.0
     """Hidden width of the MLP over `width`."""
     gated: bool = False
@@ -52,7 +55,7 @@ class TransformerConfig(Config):
 class VisionConfig(TransformerConfig):
     registers: Count = 4
     """Learned tokens beside the patches that hold global information (arXiv:2309.16588)."""
-    wavelengths_mm: tuple[PositiveFloat, PositiveFloat] = (4.0, 2000.0)
+    wavelengths_mm: Annotated[tuple[PositiveFloat, PositiveFloat], Order("shortest and longest")] = (4.0, 2000.0)
     """Shortest and longest wavelength of the rotary positions: from about a patch to wider than any image."""
 
 

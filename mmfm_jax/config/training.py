@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from mmfm_jax.config.base import Config, Count, Fraction, Probability
+from mmfm_jax.config.base import Config, Count, Fraction, NotNegative, PositiveFloat, PositiveInt, Probability
 
 
 class MeshConfig(Config):
@@ -17,6 +17,7 @@ class MeshConfig(Config):
     fsdp: int = -1
     """Shards of the parameters; the batch is split over data x fsdp."""
     sequence: int = 1
+    """Shards of the tokens of a sequence."""
     tensor: int = 1
     """Shards of heads and hidden widths."""
 
@@ -53,10 +54,13 @@ class OptimizerConfig(Config):
     kind: Literal["adamw", "muon"] = "adamw"
     """Muon is for the matrices of transformer blocks, at AdamW's learning rates; all other parameters have AdamW."""
     learning_rate: PositiveFloat = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """At its peak, after warm-up."""
+    weight_decay: NotNegative = 0.05
     """Decoupled, on matrices only: not on embeddings, learned tokens, positions, biases and scales."""
     b1: Probability = 0.9
+    """Decay of the gradient's moving mean."""
     b2: Probability = 0.95
+    """Decay of the moving mean of its square."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the first moment; the second is float32."""
     groups: tuple[ParameterGroup, ...] = ()
@@ -64,6 +68,7 @@ class OptimizerConfig(Config):
     schedule: Literal["cosine", "wsd"] = "cosine"
     """After warm-up: cosine to `final_fraction`, or constant then a linear decay (warmup-stable-decay)."""
     warmup_steps: Count = 100
+    """Steps in which the learning rate rises from 0."""
     decay_fraction: Fraction = 0.2
     """Share of the steps that the wsd decay takes."""
     final_fraction: Fraction = 0.01
@@ -78,10 +83,12 @@ class ProfileConfig(Config):
     start: PositiveInt
     """First step that is traced; a run that goes on after it traces none."""
     steps: PositiveInt = 3
+    """How many are traced."""
 
 
 class TrainConfig(Config):
     steps: PositiveInt
+    """Of the whole run; a run that goes on counts those that it took."""
     batch_size: PositiveInt
     """Studies a step, over all devices."""
     accumulate: PositiveInt = 1
@@ -94,9 +101,11 @@ class TrainConfig(Config):
     max_skipped: PositiveInt = 20
     """Steps in a row with a non-finite gradient (each is skipped and counted) after which the run stops."""
     log_every: PositiveInt = 10
+    """Steps between lines of `metrics.jsonl`."""
     validate_every: PositiveInt = 200
     """Steps between validations on the store's validation patients."""
     validate_batches: PositiveInt = 4
+    """Batches of a validation."""
     stall_minutes: PositiveFloat = 10.0
     """Minutes without a step that ends, after which each process says so and writes its Python stacks to the run."""
     profile: ProfileConfig | None = None

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, PRNGKeyArray
 
+from mmfm_jax.config.hiding import buffers, hidden_of
 from mmfm_jax.data.batch import Array, PackedPart
-
-
-def granule(patches: int) -> int:
-    """What is shown of so many patches is a multiple of this power of two: of 512 and more at most a 256th of them, so
-    that a share is off by no more than a 512th, and at most 128, which meshes and tiles of kernels divide."""
-    return min(1 << max((patches // 256).bit_length() - 1, 0), 128)
-
-
-def hidden_of(patches: int, share: float) -> int:
-    """How many of an image's patches are hidden: at least one, and never all; none of a single one."""
-    if patches < 2:
-        return 0
-    step = granule(patches)
-    shown = round((patches - round(share * patches)) / step) * step
-    return patches - min(max(shown, step), (patches - 1) // step * step)
 
 
 def hide(part: PackedPart, share: float, most: int, keys: PRNGKeyArray) -> tuple[PackedPart, PackedPart]:
@@ -58,26 +42,6 @@ def lowest(part: PackedPart, score: Float[Array, "batch most"], count: np.ndarra
 def part_of(part: PackedPart) -> Bool[Array, "row token"]:
     """Tokens that are not padding."""
     return jnp.ones(part.patches.shape[:2], bool) if part.segment is None else part.segment > 0
-
-
-def buffers(tokens: int, studies: int | None, share: float, most: int) -> tuple[int, int]:
-    """Tokens of a row in which what is shown of its images, and what is hidden, always fits.
-
-    `studies`: of a row of `tokens` tokens, each an image of at most `most` patches; None: one image that fills the row.
-    """
-    if studies is None:
-        return tokens - hidden_of(tokens, share), hidden_of(tokens, share)
-    patches = np.arange(min(tokens, most) + 1)
-    hidden = np.array([hidden_of(n, share) for n in range(len(patches))])
-    step = granule(tokens)
-
-    def enough(count: np.ndarray, share: float) -> int:
-        # A count is its share of the patches and what rounding adds, which is most where one of one patch is shown.
-        rounded = (count - share * patches).max()
-        bound = min(math.floor(share * tokens + studies * rounded + 1e-6), studies * int(count.max()))
-        return min(-(-bound // step) * step, tokens)
-
-    return enough(patches - hidden, 1 - share), enough(hidden, share)
 
 
 def take(part: PackedPart, chosen: Bool[Array, "row token"], tokens: int) -> PackedPart:

@@ -97,17 +97,22 @@ def pod(topology: str, slices: int = 1) -> Pod:
 
     Call `compile_without_devices` before JAX starts. Raises UserError for a name that is not in the table.
     """
+    check_pod(topology, slices)
+    from jax.experimental import topologies
+
+    chip, options = CHIPS[topology.partition(":")[0]], {"num_slices": slices} if slices > 1 else {}
+    described = topologies.get_topology_desc(topology, platform="tpu", **dict(chip.options), **options)
+    return Pod(topology, chip, slices, list(described.devices))
+
+
+def check_pod(topology: str, slices: int) -> None:
+    """Raises UserError for a name that is not in the table; needs no JAX."""
     kind, _, shape = topology.partition(":")
     if shape not in SHAPES.get(kind, ()):
         known = "; ".join(f"{kind}:{{{', '.join(shapes)}}}" for kind, shapes in SHAPES.items())
         raise UserError(f"--topology {topology}: is not known; known are {known}")
     if slices < 1:
         raise UserError(f"--slices {slices}: a pod has at least one slice; give 1 or more")
-    from jax.experimental import topologies
-
-    chip, options = CHIPS[kind], {"num_slices": slices} if slices > 1 else {}
-    described = topologies.get_topology_desc(topology, platform="tpu", **dict(chip.options), **options)
-    return Pod(topology, chip, slices, list(described.devices))
 
 
 def chip_of(device: Any) -> Chip | None:

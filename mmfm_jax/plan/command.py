@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console, Group
 
-from mmfm_jax.experiment import Experiment, load_experiment
+from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.plan import feed, feed_report, lower
 from mmfm_jax.plan.chips import pod
@@ -20,8 +20,7 @@ from mmfm_jax.plan.plan import Plan, as_json, make_plan
 from mmfm_jax.plan.report import report
 
 
-def run(args: argparse.Namespace, overrides: list[str]) -> None:
-    experiment = load_experiment(args.config, overrides)
+def run(args: argparse.Namespace, experiment: Experiment) -> None:
     spec, voxels = lower.spec_of_store(experiment) if args.store else (lower.assumed_spec(experiment), None)
     if args.measure:
         from mmfm_jax.plan import measure

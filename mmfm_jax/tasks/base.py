@@ -6,16 +6,14 @@ import abc
 import functools
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, get_args
+from typing import Any, ClassVar, get_args
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, PRNGKeyArray
-from pydantic import Field
 
-from mmfm_jax.config.base import Config
-from mmfm_jax.config.inputs import Inputs
-from mmfm_jax.config.model import ModelConfig, TransformerConfig
+from mmfm_jax.config.model import ModelConfig
+from mmfm_jax.config.tasks.base import Needs, TaskConfig
 from mmfm_jax.data.batch import Array, Batch, InputSpec
 from mmfm_jax.errors import UserError
 from mmfm_jax.losses.mean import Mean
@@ -28,60 +26,21 @@ Scalars = dict[str, Float[Array, ""]]
 NOISE = 2**16  # more than a task splits a key into
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What a task reads of a batch, by the field of its configuration that asks for it. Nothing else is read for it."""
-
-    modalities: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """`image`, `text` or `table`, of which the inputs must hold some part."""
-    texts: dict[str, str] = field(default_factory=dict)
-    """Fields of the inputs."""
-    labels: dict[str, str] = field(default_factory=dict)
-    """Labels of the store."""
-
-    def check(self, task: str, spec: InputSpec) -> None:
-        """Raises UserError that names the field of the task `task` that asks for what is not there."""
-        for at, sides in self.modalities.items():
-            for side in sides:
-                if side not in spec.modalities:
-                    held = ", ".join(spec.modalities)
-                    raise UserError(f"tasks.{task}.{at}: the inputs hold no {side}; they hold {held}")
-        for at, text in self.texts.items():
-            if text not in spec.texts:
-                held = ", ".join(spec.texts) or "none"
-                raise UserError(f"tasks.{task}.{at}: the inputs hold no text {text}; they hold {held}")
-        for at, label in self.labels.items():
-            if label not in spec.labels:
-                held = ", ".join(spec.labels) or "none"
-                raise UserError(f"tasks.{task}.{at}: the store has no label {label}; it has {held}")
-
-
-class TaskConfig(Config):
-    """What every task has; each file in `tasks/` extends it with a `kind` of its own."""
-
-    of_evaluation: ClassVar[tuple[str, ...]] = ()
-    """Fields that training does not read, so that a run may go on with others."""
-
-    kind: str
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    """Factor of this task's loss in the sum."""
-
-    def needs(self) -> Needs:
-        return Needs()
-
-    @property
-    def aligns_text(self) -> bool:
-        """Whether what a text says, of sides too, is learned as true of the image that it comes with."""
-        return False
-
-    def stacks(self) -> dict[str, TransformerConfig]:
-        """The task's own transformers, by the field that sizes them."""
-        return {}
-
-    def sequence_lengths(self, inputs: Inputs, registers: int) -> dict[str, tuple[int, ...]]:
-        """Tokens of each sequence that the task encodes otherwise than the inputs give it, `registers` of each image
-        included, by the field that sizes them."""
-        return {}
+def check_needs(needs: Needs, task: str, spec: InputSpec) -> None:
+    """Raises UserError that names the field of the task `task` that asks for what is not there."""
+    for at, sides in needs.modalities.items():
+        for side in sides:
+            if side not in spec.modalities:
+                held = ", ".join(spec.modalities)
+                raise UserError(f"tasks.{task}.{at}: the inputs hold no {side}; they hold {held}")
+    for at, text in needs.texts.items():
+        if text not in spec.texts:
+            held = ", ".join(spec.texts) or "none"
+            raise UserError(f"tasks.{task}.{at}: the inputs hold no text {text}; they hold {held}")
+    for at, label in needs.labels.items():
+        if label not in spec.labels:
+            held = ", ".join(spec.labels) or "none"
+            raise UserError(f"tasks.{task}.{at}: the store has no label {label}; it has {held}")
 
 
 class Views:
@@ -166,7 +125,7 @@ class Task(nnx.Module):
 
     def __init__(self, name: str, config: TaskConfig, model: ModelConfig, spec: InputSpec, rngs: nnx.Rngs):
         """`name` is the task's in the run. Raises UserError when the inputs lack what the task needs."""
-        config.needs().check(name, spec)
+        check_needs(config.needs(), name, spec)
         self.name, self.config = name, config
 
     @abc.abstractmethod

@@ -4,14 +4,14 @@ arXiv:2205.01917)."""
 from __future__ import annotations
 
 import functools
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from mmfm_jax.config.model import ModelConfig, TransformerConfig
+from mmfm_jax.config.model import ModelConfig
+from mmfm_jax.config.tasks.caption import CaptionConfig
 from mmfm_jax.data.batch import PAD, Array, InputSpec
 from mmfm_jax.errors import UserError
 from mmfm_jax.losses.mean import Mean
@@ -19,29 +19,7 @@ from mmfm_jax.losses.vocabulary import chunked_cross_entropy
 from mmfm_jax.metrics.findings import Findings, Forest
 from mmfm_jax.metrics.held_out import HeldOut
 from mmfm_jax.model.decoder import TextDecoder
-from mmfm_jax.tasks.base import Losses, Needs, Scalars, Task, TaskConfig, Views
-
-
-class CaptionConfig(TaskConfig):
-    """Cross-entropy of each next token of one text field, no text being shown to the fusion. Of several texts of a
-    study that stand side by side, the first drawn is predicted."""
-
-    kind: Literal["caption"] = "caption"
-    field: str
-    decoder: TransformerConfig
-    """Causal, with cross-attention to the latents in every block."""
-    tied: bool = False
-    """A token is predicted by the vector that also embeds it."""
-
-    @property
-    def aligns_text(self) -> bool:
-        return True
-
-    def needs(self) -> Needs:
-        return Needs(texts={"field": self.field})
-
-    def stacks(self) -> dict[str, TransformerConfig]:
-        return {"decoder": self.decoder}
+from mmfm_jax.tasks.base import Losses, Scalars, Task, Views
 
 
 class Caption(Task):

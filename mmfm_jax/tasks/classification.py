@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jaxtyping import Float, PRNGKeyArray
 
-from mmfm_jax.config.base import Probability
 from mmfm_jax.config.model import ModelConfig
+from mmfm_jax.config.tasks.classification import ClassificationConfig
 from mmfm_jax.data.batch import Array, InputSpec
 from mmfm_jax.errors import UserError
 from mmfm_jax.losses.mean import Mean
@@ -21,27 +19,10 @@ from mmfm_jax.metrics.label import Temperature, tell
 from mmfm_jax.metrics.statistics import fitted_temperature, tempered
 from mmfm_jax.model.layers import Linear, RMSNorm
 from mmfm_jax.model.regularise import dropped
-from mmfm_jax.tasks.base import Losses, Needs, Task, TaskConfig, Views
+from mmfm_jax.tasks.base import Losses, Task, Views
 
 FIRST_TEXT = "first_text"
 """Follows the name of a view that is given one text of each field, where others are given all, one after the other."""
-
-
-class ClassificationConfig(TaskConfig):
-    """Cross-entropy of one of the store's labels."""
-
-    kind: Literal["classification"] = "classification"
-    label: str
-    smoothing: Probability = 0.0
-    """Share of the target spread over all classes (arXiv:1512.00567)."""
-    dropout: Probability = 0.0
-    """Training only: chance of each feature that enters the head to be zero (JMLR 15:1929)."""
-    without: tuple[Literal["image", "text", "table"], ...] | None = None
-    """Modalities that the head is not shown. By default the texts if the label was read out of one (`from_text` of the
-    label in the store), else none."""
-
-    def needs(self) -> Needs:
-        return Needs(labels={"label": self.label})
 
 
 class Classification(Task):

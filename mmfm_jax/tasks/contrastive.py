@@ -6,17 +6,15 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, PRNGKeyArray, UInt32
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from mmfm_jax.config.base import Config, Count
 from mmfm_jax.config.model import ModelConfig
+from mmfm_jax.config.tasks.contrastive import LARGEST_SCALE, ContrastiveConfig, ZeroShot
 from mmfm_jax.data.batch import Array, Batch, InputSpec
 from mmfm_jax.errors import UserError
 from mmfm_jax.losses.mean import Mean
@@ -32,65 +30,10 @@ from mmfm_jax.model.multimodal import Encoded, modality
 from mmfm_jax.model.parameter import parameter
 from mmfm_jax.model.pool import AttentionPool
 from mmfm_jax.model.tokens import Tokens, join
-from mmfm_jax.tasks.base import Losses, Needs, Task, TaskConfig, Views
+from mmfm_jax.tasks.base import Losses, Task, Views
 from mmfm_jax.tasks.readings import excerpts, one_reading
 
-Modality = Literal["image", "text", "table"]
-LARGEST_SCALE = 100.0  # after each update, as in CLIP, so that what reached it can come down again
 EXAMPLES = 12
-
-
-class ZeroShot(Config):
-    """A label read off image-text similarity: mean over positive minus mean over negative prompts."""
-
-    label: str
-    positive: Annotated[tuple[str, ...], Field(min_length=1)]
-    negative: Annotated[tuple[str, ...], Field(min_length=1)]
-    contexts: Count = 100
-    """Training texts in which the prompts stand, at most: of those that hold one of the prompts, with every other in
-    its place. A prompt alone is shorter than any text that was trained on. Where none holds one, all stand alone."""
-
-
-class ContrastiveConfig(TaskConfig):
-    """Two modalities of one study are drawn together, those of different studies apart.
-
-    Negatives are the other studies of the part of the batch that is computed at once: with `train.accumulate` above 1,
-    of one part. That is the one objective that accumulation changes.
-    """
-
-    of_evaluation: ClassVar[tuple[str, ...]] = ("zero_shot",)
-
-    kind: Literal["contrastive"] = "contrastive"
-    between: tuple[Modality, Modality] = ("image", "text")
-    """The two modalities that are compared."""
-    loss: Literal["sigmoid", "softmax"] = "sigmoid"
-    """Each pair judged by itself (SigLIP), or each study's partner chosen among the batch (CLIP)."""
-    width: PositiveInt = 128
-    """Of the space in which the two meet."""
-    initial_scale: Annotated[PositiveFloat, Field(le=LARGEST_SCALE)] = 10.0
-    """Of the similarities: the inverse of the softmax's temperature."""
-    initial_bias: float = -10.0
-    """Sigmoid only: start near -log(studies a step), where every pair is as likely a match as it truly is."""
-    mask_duplicates: bool = False
-    """Pairs of different studies whose texts are identical, whole or in what is shown of them, are not counted as
-    negatives."""
-    zero_shot: dict[str, ZeroShot] = Field(default_factory=dict)
-    """Questions that evaluation answers by prompts, between image and text; training does not read them."""
-
-    @model_validator(mode="after")
-    def _two(self):
-        if self.between[0] == self.between[1]:
-            raise ValueError(f"between names {self.between[0]} twice; name two modalities")
-        if self.zero_shot and set(self.between) != {"image", "text"}:
-            raise ValueError("zero_shot compares images with prompts; set between: [image, text]")
-        return self
-
-    @property
-    def aligns_text(self) -> bool:
-        return "text" in self.between and "image" in self.between
-
-    def needs(self) -> Needs:
-        return Needs(modalities={"between": self.between})
 
 
 class Pool(AttentionPool):

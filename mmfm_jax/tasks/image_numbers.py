@@ -6,7 +6,6 @@ As MaskFeat does with histograms of gradients (arXiv:2112.09133), and radiomics 
 from __future__ import annotations
 
 import functools
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from mmfm_jax.config.model import ModelConfig
+from mmfm_jax.config.tasks.image_numbers import ImageNumbersConfig
 from mmfm_jax.data.batch import Array, InputSpec
 from mmfm_jax.errors import UserError
 from mmfm_jax.losses.image_numbers import NAMES, image_numbers
@@ -24,16 +24,7 @@ from mmfm_jax.metrics.held_out import HeldOut
 from mmfm_jax.metrics.statistics import Statistic, Weights, explained_variance
 from mmfm_jax.model.layers import Linear
 from mmfm_jax.model.pool import AttentionPool
-from mmfm_jax.tasks.base import Losses, Needs, Task, TaskConfig, Views
-
-
-class ImageNumbersConfig(TaskConfig):
-    """Size, extents, surface, shape and intensities of every image that is not packed, by `losses/image_numbers.py`."""
-
-    kind: Literal["image_numbers"] = "image_numbers"
-
-    def needs(self) -> Needs:
-        return Needs(modalities={"kind": ("image",)})
+from mmfm_jax.tasks.base import Losses, Task, Views
 
 
 class ImageNumbers(Task):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,63 +17,22 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
-from pydantic import Field, PositiveInt
 
-from mmfm_jax.config.base import Config, Probability
-from mmfm_jax.config.inputs import Inputs
 from mmfm_jax.config.model import ModelConfig, TransformerConfig
+from mmfm_jax.config.tasks.masked import MaskedConfig
 from mmfm_jax.data.batch import PAD, Array, Batch, InputSpec, PackedPart
 from mmfm_jax.errors import UserError
 from mmfm_jax.losses.mean import Mean
 from mmfm_jax.losses.vocabulary import chunked_cross_entropy
 from mmfm_jax.model.decoder import Decoder
-from mmfm_jax.model.hiding import buffers, hide
+from mmfm_jax.model.hiding import hide
 from mmfm_jax.model.layers import Linear, Table
 from mmfm_jax.model.multimodal import Hidden, table_present
 from mmfm_jax.model.position import angles_1d, angles_3d, waves
 from mmfm_jax.model.tokens import Tokens, join
 from mmfm_jax.model.vision import as_patches
-from mmfm_jax.tasks.base import Losses, Task, TaskConfig, Views
+from mmfm_jax.tasks.base import Losses, Task, Views
 from mmfm_jax.tasks.readings import one_reading
-
-NotNegative = Annotated[float, Field(ge=0)]
-
-
-class PartWeights(Config):
-    """Factors of the parts of the loss: of each image role, each text field, the numbers and the categories."""
-
-    image: NotNegative = 1.0
-    text: NotNegative = 1.0
-    numbers: NotNegative = 1.0
-    categories: NotNegative = 1.0
-
-
-class MaskedConfig(TaskConfig):
-    """Hides a share of each modality and predicts it from what is left of all. Of several texts of a study that stand
-    side by side, it is shown the first drawn alone: the others would tell what is hidden of that."""
-
-    kind: Literal["masked"] = "masked"
-    image: Probability = 0.6
-    """Share of the patches that is hidden."""
-    text: Probability = 0.3
-    """Share of a text's tokens."""
-    table: Probability = 0.3
-    """Share of the columns."""
-    depth: PositiveInt = 2
-    """Blocks of the decoder, which has neither dropout nor stochastic depth nor LayerScale."""
-    normalise: bool = True
-    """Voxels of a hidden patch are predicted less their mean and over their deviation, as in MAE; else as windowed."""
-    weights: PartWeights = PartWeights()
-    """Of the parts of the loss."""
-
-    def sequence_lengths(self, inputs: Inputs, registers: int) -> dict[str, tuple[int, ...]]:
-        """What is shown of each image role."""
-        shown = []
-        for image in inputs.images.values() if self.image else ():
-            patches = math.prod(size // patch for size, patch in zip(image.size, image.patch))
-            tokens, studies = (image.pack.tokens, image.pack.studies) if image.pack else (patches, None)
-            shown.append(buffers(tokens, studies, self.image, patches)[0] + (studies or 1) * registers)
-        return {"image": tuple(shown)}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 START = ("import", "devices", "store", "init", "restore")
 ACTIVITIES = (*START, "compile", "data", "train", "validate", "save")
@@ -13,8 +13,10 @@ ACTIVITIES = (*START, "compile", "data", "train", "validate", "save")
 class Clock:
     """Seconds of a process by activity; what no activity claims is `other`."""
 
-    def __init__(self, started: float | None = None):
-        """`started`: when the process did, by `time.perf_counter`; what passed until now was spent on importing."""
+    def __init__(self, started: float | None = None, before: Mapping[str, Callable[[], None]] | None = None):
+        """`started`: when the process did, by `time.perf_counter`; what passed until now was spent on importing.
+        `before`: what is called when an activity begins."""
+        self._before = before or {}
         now = time.perf_counter()
         self._started = now if started is None else started
         self.seconds: dict[str, float] = dict.fromkeys(ACTIVITIES, 0.0)
@@ -24,6 +26,7 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, activity: str) -> Iterator[None]:
+        self._before.get(activity, lambda: None)()
         start, self.activity = time.perf_counter(), activity
         try:
             yield

@@ -10,10 +10,10 @@ import math
 
 from jax.sharding import AbstractMesh, Mesh
 
+from mmfm_jax.config.tasks.base import TaskConfig
 from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel.sharding import check_batch_size
-from mmfm_jax.tasks.base import TaskConfig
 
 
 def check_fit(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:

@@ -26,8 +26,8 @@ from mmfm_jax.data.batch import InputSpec
 from mmfm_jax.data.feed.tokenizer import Tokenizer
 from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment, load_experiment, to_yaml
-
-CONFIG, INPUTS, TOKENIZER = "config.yaml", "inputs.json", "tokenizer.json"
+from mmfm_jax.train.place import CONFIG, INPUTS, TOKENIZER, check_run
+from mmfm_jax.train.place import exists as exists
 
 MAY_CHANGE = (  # what a run may go on with changed: none of it alters the mathematics of a step
     "name",
@@ -50,14 +50,9 @@ MAY_CHANGE = (  # what a run may go on with changed: none of it alters the mathe
 )
 
 
-def exists(run: Path) -> bool:
-    return (run / CONFIG).exists()
-
-
 def read(run: Path) -> tuple[Experiment, InputSpec, Tokenizer]:
     """What a run was started with. Raises UserError when `run` holds none."""
-    if not exists(run):
-        raise UserError(f"{run}: is not a run (it has no {CONFIG}); give the folder that `mmfm train` wrote")
+    check_run(run)
     experiment = load_experiment(run / CONFIG)
     try:
         spec = InputSpec.model_validate_json((run / INPUTS).read_text())

@@ -13,8 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mmfm_jax.errors import UserError
-
-LOCK = ".lock"
+from mmfm_jax.train.place import LOCK
 
 
 class RunLock:

@@ -12,7 +12,8 @@ from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel.processes import meet
 from mmfm_jax.train import folder
-from mmfm_jax.train.lock import LOCK, RunLock
+from mmfm_jax.train.lock import RunLock
+from mmfm_jax.train.place import check_free
 from mmfm_jax.train.prolong import check_steps, set_decay_aside
 from mmfm_jax.train.state import learner_shapes
 
@@ -39,9 +40,8 @@ def start_or_resume(
                 f"{store.url}: is not the store that {run} was trained on (its shapes, vocabularies or "
                 "statistics differ); give that store, or another --run to start anew"
             )
-    elif run.exists() and any(run.iterdir()) and not _only_leftovers(run):
-        raise UserError(f"{run}: holds files but no run; give another --run, or an empty folder")
     else:
+        check_free(run)
         tokenizer = make_tokenizer(experiment, store)
         spec = make_spec(
             experiment.inputs, store.schema, store.stats, tokenizer, store.windows(experiment.inputs.images)
@@ -60,12 +60,6 @@ def start_or_resume(
         folder.write(run, experiment, spec, tokenizer)
     meet("run folder written")
     return spec, tokenizer
-
-
-def _only_leftovers(run: Path) -> bool:
-    """Whether a start that was cut off wrote all there is."""
-    ours = {folder.TOKENIZER, folder.INPUTS, LOCK}
-    return all(path.name in ours or path.name.endswith(".partial") for path in run.iterdir())
 
 
 def make_tokenizer(experiment: Experiment, store: Studies) -> Tokenizer:

@@ -42,9 +42,9 @@ def changed(config, tmp_path):
 @pytest.mark.parametrize(
     "changes, expected",
     [
-        ({"train.stepz": 3}, "train.stepz: is not a known key"),
-        ({"train.steps": "many"}, "train.steps: Input should be a valid integer"),
-        ({"train.steps": -1}, "train.steps: Input should be greater than 0"),
+        ({"train.stepz": 3}, "train.stepz: is not a known field; did you mean steps?"),
+        ({"train.steps": "many"}, "train.steps: is a text; give a whole number above 0"),
+        ({"train.steps": -1}, "train.steps: is -1; give a whole number above 0"),
         ({"tasks.masked.kind": "maskd"}, "tasks.masked"),
         ({"data.store": "/nowhere/store"}, "/nowhere/store: there is no store here"),
         ({"train.batch_size": 12}, "train.batch_size: 12"),

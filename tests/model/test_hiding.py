@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmfm_jax.config.hiding import buffers, granule, hidden_of
 from mmfm_jax.data.batch import PackedPart
-from mmfm_jax.model.hiding import buffers, granule, hidden_of, hide
+from mmfm_jax.model.hiding import hide
 
 SHARES = (0.0, 0.1, 0.25, 0.3, 0.5, 0.6, 0.75, 0.9, 0.95, 1.0)
 

@@ -11,13 +11,14 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmfm_jax.config.hiding import hidden_of
 from mmfm_jax.data.batch import PackedPart
 from mmfm_jax.data.feed import packing
 from mmfm_jax.data.feed.transforms import prepare
 from mmfm_jax.model import ring
 from mmfm_jax.model.attention import attention
 from mmfm_jax.model.flash import Segments
-from mmfm_jax.model.hiding import hidden_of, hide
+from mmfm_jax.model.hiding import hide
 from mmfm_jax.parallel import sharding
 from mmfm_jax.parallel.mesh import AXES
 from mmfm_jax.train.flops import model_flops

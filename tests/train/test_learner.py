@@ -148,7 +148,11 @@ QUESTION = {"label": "disease", "positive": ["large"], "negative": ["small"]}
         ("tasks.image_text.zero_shot.q", QUESTION | {"negative": []}, "zero_shot.q.negative"),
         ("tasks.image_table.zero_shot.q", QUESTION, "zero_shot compares images with prompts"),
         ("evaluate.zero_shot", {"q": QUESTION}, "move it to tasks.NAME.zero_shot"),
-        ("tasks.image_text.between", ["image", "video"], "tasks.image_text.contrastive.between.1"),
+        (
+            "tasks.image_text.between",
+            ["image", "video"],
+            "tasks.image_text.between: is a list of 2; give two words among",
+        ),
         ("tasks.image_text.kind", "contrastiv", "tasks.image_text"),
     ],
 )

@@ -413,9 +413,7 @@ def _below(value: float, dtype: str) -> float:
     return min(max(math.floor(value), np.iinfo(dtype).min), np.iinfo(dtype).max)
 
 
-def fill_texts(
-    part: TextPart, studies: Sequence[Sequence[tuple[str, str]]], length: int, tokenizer: Tokenizer
-) -> None:
+def fill_texts(part: TextPart, studies: Sequence[Sequence[tuple[str, str]]], length: int, tokenizer: Tokenizer) -> None:
     """Writes what is shown of the texts of studies side by side, `length` tokens each, and the digest of each whole."""
     part.tokens[...], part.digest[...] = PAD, 0
     if places := [(i, j) for i, texts in enumerate(studies) for j in range(len(texts))]:

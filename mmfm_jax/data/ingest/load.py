@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from mmfm_jax.config.files import describe, read_yaml
+from mmfm_jax.config.files import read_yaml
+from mmfm_jax.config.mistakes import describe
 from mmfm_jax.data.ingest.dataset import Dataset
 from mmfm_jax.errors import UserError
 
@@ -26,7 +27,7 @@ def load_dataset(path: str | Path) -> Dataset:
         return dataset
     except (ValidationError, ValueError) as error:
         if isinstance(error, ValidationError):
-            raise UserError(describe(error, str(path), "mmfm schema dataset")) from error
+            raise UserError(describe(error, str(path), raw, Dataset, "mmfm schema dataset")) from error
         raise UserError(f"{path}: {error}") from error
 
 

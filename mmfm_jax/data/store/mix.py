@@ -32,6 +32,12 @@ def open_data(data: DataConfig) -> Studies:
     return StoreMix(stores, data.mix)
 
 
+def check_there(data: DataConfig) -> None:
+    """Raises UserError when one of the stores that a configuration names cannot be opened."""
+    for url in [data.store] if data.store else [of.store for of in data.mix.values()]:
+        StudyStore.open(url, cache_bytes=data.cache_bytes)
+
+
 class StoreMix(Studies):
     """Stores by name, read as one."""
 
