@@ -7,9 +7,13 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmfm_jax.errors import UserError
 from mmfm_jax.parallel.flags import set_flags, with_huge_pages
+
+if TYPE_CHECKING:
+    from mmfm_jax.train.stop import StopSignal
 
 STARTED = time.perf_counter()
 
@@ -94,6 +98,13 @@ def inspect(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
     """Trains a configuration into a run folder; a run that holds a checkpoint goes on from it by itself."""
+    from mmfm_jax.train.stop import StopSignal, leave
+
+    with StopSignal(leave) as stopping:
+        _train(args, overrides, stopping)
+
+
+def _train(args: argparse.Namespace, overrides: list[str], stopping: StopSignal) -> None:
     import jax
     from rich.console import Console
 
@@ -102,6 +113,7 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
     from mmfm_jax.parallel.processes import start_processes
     from mmfm_jax.train.clock import Clock
     from mmfm_jax.train.loop import train
+    from mmfm_jax.train.stop import tell_launcher
 
     clock, console = Clock(STARTED), Console()
     with clock("devices"):
@@ -109,9 +121,8 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
         place = keep_compiled()
     if place and jax.process_index() == 0:
         console.print(f"Compiled programs are kept in {place}.", soft_wrap=True, highlight=False)
-    outcome = train(load_experiment(args.config, overrides), args.run, console, clock)
-    if file := os.environ.get("MMFM_OUTCOME"):  # for launchers: both end with status 0
-        Path(file).write_text("stopped\n" if outcome.stopped else "finished\n")
+    outcome = train(load_experiment(args.config, overrides), args.run, console, clock, stopping)
+    tell_launcher("stopped" if outcome.stopped else "finished")
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -279,6 +290,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"mmfm: {error}", file=sys.stderr)
         sys.stderr.flush()
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("mmfm: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
