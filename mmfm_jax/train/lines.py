@@ -23,9 +23,10 @@ class Lines:
         self._trained = self._validated = ""
         self._last = -EVERY_S
 
-    def trained(self, step: int, metrics: dict[str, float], seconds_left: float) -> None:
+    def trained(self, step: int, metrics: dict[str, float], seconds_left: float | None) -> None:
         if not self.bar:
-            self._trained = f"step {step} of {self._steps}: {told(metrics)}, {duration(seconds_left)} left"
+            left = "" if seconds_left is None else f", {duration(seconds_left)} left"
+            self._trained = f"step {step} of {self._steps}: {told(metrics)}{left}"
             self._print()
 
     def validated(self, step: int, metrics: dict[str, float]) -> None:

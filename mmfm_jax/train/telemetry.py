@@ -80,10 +80,10 @@ class Telemetry:
             self._file.close()
             self._board.close()
 
-    def _seconds_left(self, step: int) -> float:
-        """At the pace since the first step, validations and saves included."""
+    def _seconds_left(self, step: int) -> float | None:
+        """At the pace since the first step, validations and saves included; None at that one."""
         taken = step - self._first - 1
-        return (self._clock.elapsed() - self._began) / max(1, taken) * (self._last - step)
+        return (self._clock.elapsed() - self._began) / taken * (self._last - step) if taken > 0 else None
 
     def _write(self, step: int, metrics: dict[str, float], seconds: dict[str, float], **more: str) -> None:
         self._file.write(_line(step, metrics, seconds, **more))
