@@ -62,7 +62,7 @@ def exists(run: Path) -> bool:
 
 def read(run: Path) -> tuple[Experiment, InputSpec, Tokenizer]:
     """What a run was started with. Raises UserError when `run` holds none."""
-    if not exists(run):
+    if not exists(local(run)):
         raise UserError(f"{run}: is not a run (it has no {CONFIG}); give the folder that `mmfm train` wrote")
     experiment = load_experiment(run / CONFIG)
     try:
@@ -81,23 +81,21 @@ def write(run: Path, experiment: Experiment, spec: InputSpec, tokenizer: Tokeniz
 
 
 def replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all. Raises UserError when it cannot be written."""
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    with writing(path.parent):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        except OSError:
+            with contextlib.suppress(OSError):  # what keeps it from being written
+                partial.unlink(missing_ok=True)
+            raise
 
 
 def checked(run: str | Path) -> Path:
     """Where a run is to be. Raises UserError when that can be no folder of this machine, before anything is made."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(run)):
-        raise UserError(
-            f"--run {run}: a run lies in a folder of this machine, not in a bucket; give a path (a store may be a URL)"
-        )
-    run = Path(run)
+    run = local(run)
     with writing(run):
         if run.exists() and not run.is_dir():
             raise UserError(f"{run}: is a file; give a folder, or a --run that is not there yet")
@@ -107,6 +105,16 @@ def checked(run: str | Path) -> Path:
         if not os.access(there, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
     return run
+
+
+def local(run: str | Path) -> Path:
+    """Raises UserError for a URL, of which a path makes a folder with a colon in its name."""
+    if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/+", str(run)):
+        raise UserError(
+            f"{url[1]}://{str(run)[url.end() :]}: a run lies in a folder of this machine, not in a bucket; give a path "
+            "(a store may be a URL)"
+        )
+    return Path(run)
 
 
 @contextlib.contextmanager
@@ -119,8 +127,8 @@ def writing(run: Path) -> Iterator[None]:
         if not below and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"{run}: cannot be written ({error.strerror}); mend that, and the same command goes on from the last "
-            "checkpoint, or give another --run"
+            f"{run}: cannot be written ({error.strerror}); mend that, and the same command goes on, or give another "
+            "folder"
         ) from error
 
 

@@ -37,8 +37,8 @@ def test_all_that_differs_is_said_at_once(make_experiment, tmp_path):
     with pytest.raises(UserError) as error:
         check_same(tmp_path, make_experiment(), asked)
     assert str(error.value).startswith(
-        f"{tmp_path / 'config.yaml'}: this run was started with optimizer.learning_rate 0.003 and is now asked to go on "
-        "with 1.0, with seed 1 and is now asked to go on with 3; give the same values of these 2 fields"
+        f"{tmp_path / 'config.yaml'}: this run was started with optimizer.learning_rate 0.003 and is now asked to go "
+        "on with 1.0, with seed 1 and is now asked to go on with 3; give the same values of these 2 fields"
     )
 
 
@@ -48,6 +48,8 @@ def test_a_bucket_is_refused_before_anything_is_made(monkeypatch, tmp_path, plac
     for given in (place, Path(place)):
         with pytest.raises(UserError, match="a run lies in a folder of this machine, not in a bucket"):
             checked(given)
+        with pytest.raises(UserError, match=f"^{place.replace(':/b', '://b')}: a run lies"):
+            folder.read(Path(given))
     assert not list(tmp_path.iterdir())
 
 
@@ -78,7 +80,7 @@ def test_a_full_disk_is_said_wherever_it_is_met_and_leaves_nothing_half_written(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); mend that"), writing(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); mend that"):
         replace(tmp_path / folder.CONFIG, "text")
     assert not list(tmp_path.iterdir())
 

@@ -3,23 +3,31 @@
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
 
 from mmfm_jax.data.store.mix import open_data
 from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.data.store.writer import write_store
+from mmfm_jax.data.study import Image, Study
 from mmfm_jax.errors import UserError
 from mmfm_jax.train.held import check_held, crowded
-from tests.conftest import SCHEMA, small_studies
 
 
 @pytest.fixture
-def make_store(tmp_path):
-    """`make_store(change)`: a store of the small studies, those for training changed."""
+def make_store(tmp_path, small_store):
+    """`make_store(change)`: a store of whole studies, those for training changed."""
+
+    def study(number: int) -> Study:
+        return Study(
+            f"patient{number:03d}", "train" if number % 2 else "validation",
+            images={"ct": Image(np.zeros((4, 8, 8, 1), np.uint8), (1.0, 1.0, 1.0))}, texts={"report": ("Seen.",)},
+            row={"age": 60.0, "size_mm": 5.0, "sex": "male"}, labels={"disease": number // 2 % 2},
+        )  # fmt: skip
 
     def make(change) -> StudyStore:
-        studies = [change(study) if study.split == "train" else study for study in small_studies(24)]
-        write_store(str(tmp_path / "store"), SCHEMA, studies)
+        studies = [change(one) if one.split == "train" else one for one in map(study, range(24))]
+        write_store(str(tmp_path / "store"), StudyStore.open(small_store).schema, studies)
         return StudyStore.open(str(tmp_path / "store"))
 
     return make
