@@ -77,8 +77,10 @@ class Telemetry:
     def close(self) -> None:
         if self._speaks:
             self._bar.stop()
-            self._file.close()
-            self._board.close()
+            try:
+                self._file.close()
+            finally:
+                self._board.close()
 
     def _seconds_left(self, step: int) -> float | None:
         """At the pace since the first step, validations and saves included; None at that one."""

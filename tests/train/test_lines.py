@@ -1,5 +1,6 @@
 """What a run prints, on a console that is no terminal and on one that is."""
 
+import contextlib
 import io
 import time
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from mmfm_jax.errors import UserError
+from mmfm_jax.train import folder
 from mmfm_jax.train.clock import Clock
 from mmfm_jax.train.lines import ending
 from mmfm_jax.train.telemetry import Telemetry
@@ -88,6 +91,13 @@ def test_the_log_says_why_a_run_ended(screen, tmp_path):
     screen.steps(1)
     screen.telemetry.finish(1, "SIGINT")
     assert '"ended": "SIGINT"' in (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
+
+
+def test_a_disk_that_is_full_while_the_run_logs_is_one_sentence(screen, tmp_path):
+    with contextlib.suppress(OSError), open("/dev/full", "a") as full:  # what is left is written again as it closes
+        screen.telemetry._file = full
+        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"), folder.writing(tmp_path):
+            screen.steps(1)
 
 
 @pytest.mark.parametrize(
