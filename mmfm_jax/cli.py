@@ -10,10 +10,14 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmfm_jax.errors import UserError
 from mmfm_jax.parallel.flags import set_flags, with_huge_pages
+
+if TYPE_CHECKING:
+    from mmfm_jax.experiment import Experiment
+    from mmfm_jax.train.stop import StopSignal
 
 STARTED = time.perf_counter()
 
@@ -99,17 +103,24 @@ def inspect(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
     """Trains a configuration into a run folder; a run that holds a checkpoint goes on from it by itself."""
     from mmfm_jax.experiment import load_experiment
-    from mmfm_jax.train.place import check_free
+    from mmfm_jax.train.place import checked
 
     experiment = load_experiment(args.config, overrides)
     if args.run is None:
         raise UserError("train: give the folder of the run, such as --run runs/demo; it is made if it is not there")
-    check_free(args.run)
+    checked(args.run)
 
     from mmfm_jax.data.store.mix import check_there
 
     check_there(experiment.data)
 
+    from mmfm_jax.train.stop import StopSignal, leave
+
+    with StopSignal(leave) as stopping:
+        _train(args, experiment, stopping)
+
+
+def _train(args: argparse.Namespace, experiment: Experiment, stopping: StopSignal) -> None:
     import jax
     from rich.console import Console
 
@@ -117,6 +128,7 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
     from mmfm_jax.parallel.processes import start_processes
     from mmfm_jax.train.clock import Clock
     from mmfm_jax.train.loop import train
+    from mmfm_jax.train.stop import tell_launcher
 
     def tell_place() -> None:
         if place and jax.process_index() == 0:
@@ -126,9 +138,8 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
     with clock("devices"):
         start_processes()
         place = keep_compiled()
-    outcome = train(experiment, args.run, console, clock)
-    if file := os.environ.get("MMFM_OUTCOME"):  # for launchers: both end with status 0
-        Path(file).write_text("stopped\n" if outcome.stopped else "finished\n")
+    outcome = train(experiment, args.run, console, clock, stopping)
+    tell_launcher("stopped" if outcome.stopped else "finished")
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -384,6 +395,9 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error))
     except MemoryError:
         _fail("this machine's memory is too small for this; make train.batch_size, inputs or model smaller")
+    except KeyboardInterrupt:
+        print("mmfm: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -60,6 +60,8 @@ class Experiment(Config):
             raise ValueError(
                 f"train.accumulate {self.train.accumulate} does not divide train.batch_size {self.train.batch_size}"
             )
+        if self.train.patience and not self.checkpoint.best:
+            raise ValueError("train.patience waits for a better checkpoint.best, which is null; name a metric there")
         for name, mixed in self.data.mix.items():
             for role in mixed.images:
                 if role not in self.inputs.images:

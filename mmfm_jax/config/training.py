@@ -106,6 +106,8 @@ class TrainConfig(Config):
     """Steps between validations on the store's validation patients."""
     validate_batches: PositiveInt = 4
     """Batches of a validation."""
+    patience: PositiveInt | None = None
+    """Validations in a row without a better `checkpoint.best` after which the run stops (`null`: none does)."""
     stall_minutes: PositiveFloat = 10.0
     """Minutes without a step that ends, after which each process says so and writes its Python stacks to the run."""
     profile: ProfileConfig | None = None

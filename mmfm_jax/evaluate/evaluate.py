@@ -75,7 +75,7 @@ def evaluate(run: str | Path, console: Console | None = None) -> Evaluation:
         f"{experiment.evaluate.bootstrap} resamples of patients. For research, not for clinical decisions."
     )
     write_report(run, experiment.name, facts, findings)
-    for note in findings.notes:
+    for note in (facts, *findings.notes):
         console.print(note)
     console.print(results_table({name: m for name, m in findings.measures.items() if brief(name)}))
     for headline in findings.headlines:

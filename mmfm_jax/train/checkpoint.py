@@ -55,14 +55,26 @@ class Checkpoints:
         )
         self._measured = {step: self._read_metrics(step) for step in self._manager.all_steps()}
 
+    @property
+    def measured(self) -> dict[int, dict[str, float]]:
+        """Finite validation metrics of the checkpoints that are there, by step."""
+        return {step: self._measured.get(step, {}) for step in self._manager.all_steps()}
+
+    def told(self) -> str:
+        """Which checkpoint `mmfm evaluate` takes, as a sentence."""
+        best, name = self.best(), self.config.best
+        value = self.measured.get(-1 if best is None else best, {}).get(name or "")
+        if value is None:
+            return f"Newest checkpoint: step {best}."
+        return f"Best {name}: {value:.4g} at step {best}."
+
     def latest(self) -> int | None:
         """Step of the newest checkpoint that is whole."""
         return self._manager.latest_step()
 
     def best(self) -> int | None:
         """Step of the checkpoint with the best metric, or the newest where none has one."""
-        held = {step: self._measured.get(step, {}) for step in self._manager.all_steps()}
-        return keep.best(held, self.config) or self.latest()
+        return keep.best(self.measured, self.config) or self.latest()
 
     def kept(self, steps: Sequence[int]) -> set[int]:
         """Which of these steps stay."""

@@ -3,6 +3,7 @@
 config.yaml        the resolved experiment
 inputs.json        shapes, vocabularies and normalisation that the model was built for
 tokenizer.json     Hugging Face format
+versions.json      releases that made the run and stores that it was trained on, by when they changed
 checkpoints/       orbax, a folder a step
 metrics.jsonl      one line a logged step
 .lock              held while a process trains into the folder
@@ -15,7 +16,10 @@ evaluation.json, report.html   by `mmfm evaluate`
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -44,6 +48,7 @@ MAY_CHANGE = (  # what a run may go on with changed: none of it alters the mathe
     "train.validate_every",
     "train.validate_batches",
     "train.max_skipped",
+    "train.patience",
     "train.stall_minutes",
     "train.profile",
     "train.steps",  # may grow where the schedule lets it (`prolong.py`)
@@ -70,23 +75,55 @@ def write(run: Path, experiment: Experiment, spec: InputSpec, tokenizer: Tokeniz
 
 
 def replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all. Raises UserError when it cannot be written."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with writing(path.parent):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        except OSError:
+            with contextlib.suppress(OSError):  # what keeps it from being written
+                partial.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def writing(run: Path) -> Iterator[None]:
+    """What the file system refuses below a run's folder, or for want of room, as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        below = error.filename is not None and _is_of(Path(os.fsdecode(error.filename)), run)
+        if not below and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{run}: cannot be written ({error.strerror}); mend that, and the same command goes on, or give another "
+            "folder"
+        ) from error
+
+
+def _is_of(path: Path, run: Path) -> bool:
+    """Whether a path is the run's folder, within it, or a folder that it would be made in."""
+    path, run = path.absolute(), run.absolute()
+    return path.is_relative_to(run) or run.is_relative_to(path)
 
 
 def check_same(run: Path, held: Experiment, asked: Experiment) -> None:
-    """Raises UserError that names the first field in which a run may not go on as asked."""
+    """Raises UserError that names every field in which a run may not go on as asked."""
     before, now = (_flat(experiment.model_dump(mode="json")) for experiment in (held, asked))
     of_tasks = (f"tasks.{name}.{field}" for name, task in asked.tasks.items() for field in task.of_evaluation)
     free_fields = (*MAY_CHANGE, *of_tasks)
-    for field in sorted(before.keys() | now.keys()):
-        if before.get(field) == now.get(field) or any(fnmatchcase(f"{field}.", f"{free}.*") for free in free_fields):
-            continue
+    differ = [
+        f"{field} {before.get(field, 'not set')} and is now asked to go on with {now.get(field, 'not set')}"
+        for field in sorted(before.keys() | now.keys())
+        if before.get(field) != now.get(field)
+        and not any(fnmatchcase(f"{field}.", f"{free}.*") for free in free_fields)
+    ]
+    if differ:
+        same = "value" if len(differ) == 1 else f"values of these {len(differ)} fields"
         raise UserError(
-            f"{run / CONFIG}: this run was started with {field} {before.get(field, 'not set')} and is now asked to go "
-            f"on with {now.get(field, 'not set')}; give the same value, or another --run to start anew"
+            f"{run / CONFIG}: this run was started with {', with '.join(differ)}; give the same {same}, or another "
+            "--run to start anew"
         )
 
 

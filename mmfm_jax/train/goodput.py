@@ -87,10 +87,10 @@ def told(seconds: dict[str, float], starts: int) -> str:
     rest = sorted(((share, name) for name, share in shares.items() if name != "goodput"), reverse=True)
     badput = ", ".join(f"{name.removeprefix('badput/')} {share:.1%}" for share, name in rest if share >= 0.0005)
     times = "one start" if starts == 1 else f"{starts} starts"
-    return f"Goodput {shares['goodput']:.1%} of {_duration(wall)} over {times}" + (f"; {badput}." if badput else ".")
+    return f"Goodput {shares['goodput']:.1%} of {duration(wall)} over {times}" + (f"; {badput}." if badput else ".")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -14,36 +14,38 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
 from mmfm_jax.config.training import TrainConfig
-from mmfm_jax.data.batch import Batch, InputSpec
+from mmfm_jax.data.batch import InputSpec
 from mmfm_jax.data.feed.example import Samples
-from mmfm_jax.data.feed.order import training_rows
-from mmfm_jax.data.feed.pipeline import local_batches
 from mmfm_jax.data.store.mix import open_data
 from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment
-from mmfm_jax.parallel import sharding
 from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.parallel.processes import meet
+from mmfm_jax.train import folder
+from mmfm_jax.train.batches import Batches
 from mmfm_jax.train.checkpoint import Checkpoints
 from mmfm_jax.train.clock import Clock
 from mmfm_jax.train.fit import check_fit
 from mmfm_jax.train.flops import step_flops
+from mmfm_jax.train.health import Health
+from mmfm_jax.train.held import crowded
+from mmfm_jax.train.lines import ending
 from mmfm_jax.train.lock import RunLock
 from mmfm_jax.train.meter import Meter
 from mmfm_jax.train.optimizer import constant_until, make_optimizer
+from mmfm_jax.train.patience import Patience
+from mmfm_jax.train.place import checked
 from mmfm_jax.train.profile import Profiler
 from mmfm_jax.train.start import start_or_resume
 from mmfm_jax.train.state import TrainState, initial_state, learner_shapes, state_shardings
-from mmfm_jax.train.step import jitted_step, make_validation
+from mmfm_jax.train.step import jitted_step
 from mmfm_jax.train.stop import StopSignal
 from mmfm_jax.train.telemetry import Telemetry
-from mmfm_jax.train.validation import Validation
+from mmfm_jax.train.validation import Validation, loss_parts
 from mmfm_jax.train.watchdog import Watchdog
 
 AHEAD = 2  # steps given to the device before the metrics of the first are read
@@ -54,19 +56,31 @@ PROFILE = "profile"
 class Outcome:
     step: int
     stopped: bool
-    """By SIGTERM, before the last step."""
+    """Before its end, so that it is to be started again."""
 
 
 def train(
-    experiment: Experiment, run: str | Path, console: Console | None = None, clock: Clock | None = None
+    experiment: Experiment,
+    run: str | Path,
+    console: Console | None = None,
+    clock: Clock | None = None,
+    stopping: StopSignal | None = None,
 ) -> Outcome:
     """Trains to `experiment.train.steps`; a run that holds a checkpoint goes on from its newest.
 
-    `clock` runs since the process started; without one, time counts from here.
+    `clock` runs since the process started; without one, time counts from here. Without `stopping` signals are heard
+    once there is a step to take.
 
-    Raises UserError when configuration, store, mesh and run do not fit together, or gradients stay non-finite.
+    Raises UserError when configuration, store, mesh and run do not fit together, the run cannot be written, or
+    gradients stay non-finite.
     """
-    run, console, clock, steps = Path(run), console or Console(), clock or Clock(), experiment.train.steps
+    run = checked(run)
+    with folder.writing(run):
+        return _train(experiment, run, console or Console(), clock or Clock(), stopping)
+
+
+def _train(experiment: Experiment, run: Path, console: Console, clock: Clock, stopping: StopSignal | None) -> Outcome:
+    steps = experiment.train.steps
     with clock("devices"):
         speaks = jax.process_index() == 0
         mesh = make_mesh(experiment.mesh)
@@ -76,7 +90,10 @@ def train(
             store = open_data(experiment.data)
             lock = RunLock(run)
             stack.callback(lock.close)
-            spec, tokenizer = start_or_resume(experiment, store, run, speaks, lock)
+            tell = warn if speaks else unsaid
+            spec, tokenizer = start_or_resume(experiment, store, run, speaks, lock, tell)
+            for sentence in crowded(experiment, store):
+                tell(sentence)
             samples = Samples(store, experiment.inputs, spec, tokenizer, experiment.labels, experiment.data.max_damaged)
         stack.enter_context(jax.set_mesh(mesh))
         checkpoints = Checkpoints(run, experiment.checkpoint, constant_until(experiment.optimizer, steps))
@@ -84,6 +101,11 @@ def train(
         first = checkpoints.latest() or 0
         if first >= steps:
             console.print(f"{run}: is at step {first} of {steps}; nothing is left to train.", soft_wrap=True)
+            return Outcome(first, stopped=False)
+        patience = Patience(experiment.train, experiment.checkpoint, checkpoints.measured, first)
+        if patience.is_over:
+            if speaks:
+                console.print(f"{run}: stopped at step {first}, as {patience.told()}.", soft_wrap=True)
             return Outcome(first, stopped=False)
         state, shardings = first_state(experiment, spec, mesh, checkpoints, clock)
 
@@ -93,11 +115,11 @@ def train(
         stack.callback(telemetry.close)
         watchdog = Watchdog(run, experiment.train.stall_minutes, first, clock, warn)
         stack.callback(watchdog.close)
-        stopping = stack.enter_context(StopSignal())
+        stopping = stopping or stack.enter_context(StopSignal())
 
         batch = next(batches)
         graph, *_ = learner_shapes(experiment, spec)
-        check_best(experiment, graph, spec, state, batch)
+        parts = loss_parts(experiment, graph, spec, state, batch)
         optimizer = make_optimizer(experiment.optimizer, steps)
         with clock("compile"):
             step = jitted_step(graph, experiment, spec, optimizer, shardings, mesh).lower(state, batch).compile()
@@ -114,21 +136,26 @@ def train(
             validate=Validation(experiment, graph, samples, spec, mesh, batches.rows),
             save=checkpoints.save,
             stopped=stopping.reached,
+            patience=patience,
+            health=Health(parts, tell),
             telemetry=telemetry,
             watchdog=watchdog,
             profiler=profiler,
-            meter=Meter(experiment.train.batch_size, flops, mesh),
+            meter=Meter(experiment.train.batch_size, flops, mesh, batches.ahead),
             clock=clock,
         )
+        stopping.begins()
         last = loop.run(state, batch, first)
         with clock("save"):
             checkpoints.wait()
-        telemetry.finish(last)
-    if last < steps:
-        console.print(
-            f"Stopped at step {last} of {steps} and saved; the same command goes on from there.", soft_wrap=True
-        )
-    return Outcome(last, stopped=last < steps)
+        finished = last == steps or patience.is_over
+        cause = "finished" if last == steps else "patience" if patience.is_over else str(stopping.cause)
+        telemetry.finish(last, cause)
+        best = checkpoints.told()
+    if speaks:
+        for line in ending(last, steps, cause, patience.told(), best, run):
+            console.print(line, soft_wrap=True, highlight=False)
+    return Outcome(last, stopped=not finished)
 
 
 def first_state(
@@ -150,42 +177,6 @@ def first_state(
         return jax.jit(initial, out_shardings=shardings)(), shardings
 
 
-def check_best(experiment: Experiment, graph: Any, spec: InputSpec, state: TrainState, batch: Batch) -> None:
-    """Raises UserError when `checkpoint.best` is none of the metrics that validation gives; nothing is computed."""
-    best = experiment.checkpoint.best
-    validate = make_validation(graph, experiment, spec)
-
-    def metrics(params: Any, buffers: Any, batch: Batch) -> Any:
-        return nnx.merge(graph, params, buffers).metrics(validate(params, buffers, batch, np.int32(1)))
-
-    names = sorted(f"validation/{name}" for name in jax.eval_shape(metrics, state.params, state.buffers, batch))
-    if best is not None and best not in names:
-        raise UserError(f"checkpoint.best: {best} is no metric of this run; there are {', '.join(names)}, or null")
-
-
-class Batches:
-    """The global batches of a run from a step on, in order and for ever."""
-
-    def __init__(self, experiment: Experiment, samples: Samples, mesh: Mesh, first: int, clock: Clock):
-        """`first`: steps that were taken before."""
-        self._size, self._mesh, self._clock = experiment.train.batch_size, mesh, clock
-        self.rows: np.ndarray = sharding.local_rows(self._size, mesh)
-        """Those of the global batch that this process reads."""
-        self._local = local_batches(
-            training_rows(samples, "train", experiment.seed), self._size, self.rows, first,
-            experiment.data.reader_threads, experiment.data.prefetch_batches, samples.packed,
-            experiment.data.workers,
-        )  # fmt: skip
-
-    def __next__(self) -> Batch:
-        with self._clock("data"):
-            local = next(self._local)
-        return sharding.global_batch(local, self.rows, self._size, self._mesh)
-
-    def close(self) -> None:
-        self._local.close()
-
-
 @dataclass
 class Loop:
     """Takes steps, and logs, validates and saves between them."""
@@ -202,6 +193,8 @@ class Loop:
     """Of a step, its state and, if it was validated, its validation metrics."""
     stopped: Callable[[int], bool]
     """Whether the run is to end after this step."""
+    patience: Patience
+    health: Health
     telemetry: Telemetry
     watchdog: Watchdog
     profiler: Profiler
@@ -232,12 +225,13 @@ class Loop:
             if self.profiler.is_last(number):
                 self._settle(0)
                 self.profiler.close()
-            stopped = self.stopped(number)
             measured = self._validate(number, state) if number % self.config.validate_every == 0 or last else {}
+            stopped = self.stopped(number) or self.patience.is_over  # after what may have taken long
             if self.saves(number) or stopped:
                 self._save(number, state, measured)
             if stopped:
                 break
+        self.health.finish()
         return number
 
     def _settle(self, left: int) -> None:
@@ -248,6 +242,7 @@ class Loop:
                 metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
             self.telemetry.advance(number)
             self.watchdog.ended(number)
+            self.health.trained(metrics)
             if metrics["skipped_in_a_row"] >= self.config.max_skipped:
                 raise UserError(
                     f"train: the gradient was not finite in the last {self.config.max_skipped} steps (step {number}); "
@@ -262,6 +257,8 @@ class Loop:
         with self.clock("validate"):
             metrics = self.validate(state.params if state.average is None else state.average, state.buffers)
         self.telemetry.log(number, metrics)
+        self.patience.validated(metrics)
+        self.health.validated(number, metrics)
         self.watchdog.ended(number)
         return metrics
 
@@ -275,6 +272,10 @@ class Loop:
 def is_ready(metrics: dict[str, Any]) -> bool:
     """Whether the step that gives these metrics has ended."""
     return all(value.is_ready() for value in metrics.values())
+
+
+def unsaid(line: str) -> None:
+    """On all processes but the first."""
 
 
 def warn(line: str) -> None:

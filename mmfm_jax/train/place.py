@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from mmfm_jax.errors import UserError
 
 CONFIG, INPUTS, TOKENIZER, LOCK = "config.yaml", "inputs.json", "tokenizer.json", ".lock"
+VERSIONS = "versions.json"
 
 
 def exists(run: Path) -> bool:
     return (run / CONFIG).exists()
 
 
+def checked(run: str | Path) -> Path:
+    """Where a run is to be. Raises UserError when that can be no folder of this machine, before anything is made."""
+    run = local(run)
+    check_free(run)
+    return run
+
+
+def local(run: str | Path) -> Path:
+    """Raises UserError for a URL, of which a path makes a folder with a colon in its name."""
+    if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/+", str(run)):
+        raise UserError(
+            f"{url[1]}://{str(run)[url.end() :]}: a run lies in a folder of this machine, not in a bucket; give a path "
+            "(a store may be a URL)"
+        )
+    return Path(run)
+
+
 def check_run(run: Path) -> None:
     """Raises UserError when a folder holds no run."""
+    local(run)
     if not os.path.exists(run / CONFIG):
         raise UserError(f"{run}: is not a run (it has no {CONFIG}); give the folder that `mmfm train` wrote")
 
@@ -41,5 +61,5 @@ def check_free(run: Path) -> None:
 
 def _only_leftovers(run: Path) -> bool:
     """Whether a start that was cut off wrote all there is."""
-    ours = {TOKENIZER, INPUTS, LOCK}
+    ours = {TOKENIZER, INPUTS, LOCK, VERSIONS}
     return all(path.name in ours or path.name.endswith(".partial") for path in run.iterdir())

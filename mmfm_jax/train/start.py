@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from mmfm_jax.data.batch import InputSpec
@@ -11,7 +12,8 @@ from mmfm_jax.data.store.studies import Studies
 from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel.processes import meet
-from mmfm_jax.train import folder
+from mmfm_jax.train import folder, versions
+from mmfm_jax.train.held import check_held
 from mmfm_jax.train.lock import RunLock
 from mmfm_jax.train.place import check_free
 from mmfm_jax.train.prolong import check_steps, set_decay_aside
@@ -19,11 +21,16 @@ from mmfm_jax.train.state import learner_shapes
 
 
 def start_or_resume(
-    experiment: Experiment, store: Studies, run: Path, writes: bool, lock: RunLock | None = None
+    experiment: Experiment,
+    store: Studies,
+    run: Path,
+    writes: bool,
+    lock: RunLock | None = None,
+    tell: Callable[[str], None] = print,
 ) -> tuple[InputSpec, Tokenizer]:
     """The specification and tokenizer of a run: those in its folder, or new ones written there by the first process.
 
-    `lock` is taken once the run may go on, before anything is written.
+    `lock` is taken once the run may go on, before anything is written. `tell` prints one line of what changed since.
     """
     for split in ("train", "validation"):
         store.rows(split)
@@ -46,6 +53,7 @@ def start_or_resume(
         spec = make_spec(
             experiment.inputs, store.schema, store.stats, tokenizer, store.windows(experiment.inputs.images)
         )
+        check_held(experiment, store)
         learner_shapes(experiment, spec)  # every task agrees with the inputs before anything is written
     meet("run folder read")
     if lock:
@@ -57,6 +65,10 @@ def start_or_resume(
     if writes:
         if held:
             set_decay_aside(run, held, experiment)
+        now = versions.current(store)
+        for sentence in versions.changed(run, now):
+            tell(sentence)
+        versions.record(run, now)
         folder.write(run, experiment, spec, tokenizer)
     meet("run folder written")
     return spec, tokenizer

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a progress bar, TensorBoard, `metrics.jsonl`, and where its time went."""
+"""What a run tells while it goes: a progress bar or lines, TensorBoard, `metrics.jsonl`, and where its time went."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tensorboardX import SummaryWriter
 
 from mmfm_jax.train import folder, goodput
 from mmfm_jax.train.clock import Clock
+from mmfm_jax.train.lines import Lines, told
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
@@ -22,6 +23,7 @@ class Telemetry:
 
     def __init__(self, run: Path, first_step: int, steps: int, console: Console, speaks: bool, clock: Clock):
         self._speaks, self._first, self._console, self._clock = speaks, first_step, console, clock
+        self._last, self._began = steps, clock.elapsed()
         if not speaks:
             return
         self._ledger = goodput.Ledger(clock)
@@ -31,7 +33,8 @@ class Telemetry:
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[told]}"),
             TextColumn("ETA"), TimeRemainingColumn(),
         )  # fmt: skip
-        self._bar = Progress(*columns, console=console)
+        self._lines = Lines(console, steps)
+        self._bar = Progress(*columns, console=console, disable=not self._lines.bar)
         self._bar.start()
         self._steps = self._bar.add_task("", total=steps, completed=first_step, told="compiling")
 
@@ -45,38 +48,48 @@ class Telemetry:
         self._write(step, metrics, self._ledger.take("step"))
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
-        if "samples_per_second" in metrics:
-            told = f"loss {metrics['loss']:.3f}  {metrics['samples_per_second']:.0f} samples/s"
-            told += f"  data wait {100 * metrics['data_wait']:.0f}%"
-            self._bar.update(self._steps, told=told)
+        if "validation/loss" in metrics:
+            self._lines.validated(step, metrics)
+        elif "loss" in metrics:
+            self._bar.update(self._steps, told=told(metrics, by_task=False))
+            self._lines.trained(step, metrics, self._seconds_left(step))
 
     def first_step_ended(self) -> None:
         """Says where the time went until the first step had ended."""
+        self._began = self._clock.elapsed()
         if not self._speaks:
             return
         parts = self._clock.start_up()
         self._write(self._first, parts, {})
-        told = ", ".join(f"{name.removeprefix('start/')} {seconds:.1f}" for name, seconds in parts.items())
-        told = told.replace("data ", "first batch ").replace("train ", "first step ").rpartition(", total")[0]
-        self._console.print(f"First step after {parts['start/total']:.1f} s: {told}.", soft_wrap=True)
+        spent = ", ".join(f"{name.removeprefix('start/')} {seconds:.1f}" for name, seconds in parts.items())
+        spent = spent.replace("data ", "first batch ").replace("train ", "first step ").rpartition(", total")[0]
+        self._console.print(f"First step after {parts['start/total']:.1f} s: {spent}.", soft_wrap=True)
 
-    def finish(self, step: int) -> None:
-        """Logs and prints the goodput of the run so far, over all its starts."""
+    def finish(self, step: int, cause: str) -> None:
+        """Logs why the run ends here and the goodput so far, over all its starts, and prints it."""
         if not self._speaks:
             return
+        self._lines.finish()
         self.log(step, self._clock.shares())
-        self._write(step, goodput.as_metrics(self._spent), {})
+        self._write(step, goodput.as_metrics(self._spent), {}, ended=cause)
         self._console.print(goodput.told(self._spent, self._starts), soft_wrap=True)
 
     def close(self) -> None:
         if self._speaks:
             self._bar.stop()
-            self._lines.close()
-            self._board.close()
+            try:
+                self._file.close()
+            finally:
+                self._board.close()
 
-    def _write(self, step: int, metrics: dict[str, float], seconds: dict[str, float]) -> None:
-        self._lines.write(_line(step, metrics, seconds))
-        self._lines.flush()
+    def _seconds_left(self, step: int) -> float | None:
+        """At the pace since the first step, validations and saves included; None at that one."""
+        taken = step - self._first - 1
+        return (self._clock.elapsed() - self._began) / taken * (self._last - step) if taken > 0 else None
+
+    def _write(self, step: int, metrics: dict[str, float], seconds: dict[str, float], **more: str) -> None:
+        self._file.write(_line(step, metrics, seconds, **more))
+        self._file.flush()
         self._spent = goodput.total(self._spent, seconds)
 
     def _open_lines(self, path: Path) -> None:
@@ -96,14 +109,14 @@ class Telemetry:
         self._spent = goodput.spent(line for line in lines if line["step"] <= self._first)
         folder.replace(path, "".join(kept) + _line(self._first, {"start": self._starts}, seconds))
         self._spent = goodput.total(self._spent, seconds)
-        self._lines = path.open("a")
+        self._file = path.open("a")
 
 
-def _line(step: int, metrics: dict[str, float], seconds: dict[str, float]) -> str:
+def _line(step: int, metrics: dict[str, float], seconds: dict[str, float], **more: str) -> str:
     finite = {name: value if _finite(value) else None for name, value in metrics.items()}
     passed = {goodput.PREFIX + kind: round(value, 4) for kind, value in seconds.items()}
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return json.dumps({"step": step, "time": now} | finite | passed) + "\n"
+    return json.dumps({"step": step, "time": now} | more | finite | passed) + "\n"
 
 
 def _finite(value: float) -> bool:

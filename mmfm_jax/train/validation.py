@@ -10,13 +10,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from mmfm_jax.data.batch import InputSpec
+from mmfm_jax.data.batch import Batch, InputSpec
 from mmfm_jax.data.feed.example import Samples
 from mmfm_jax.data.feed.pipeline import evaluation_batches
+from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel import sharding
 from mmfm_jax.parallel.processes import meet
-from mmfm_jax.train.state import learner_shapes
+from mmfm_jax.train.state import TrainState, learner_shapes
 from mmfm_jax.train.step import make_validation
 
 
@@ -49,3 +50,21 @@ class Validation:
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(self._compiled(*given)))
             total = sums if total is None else jax.tree.map(np.add, total, sums)
         return {f"validation/{name}": float(value) for name, value in jax.device_get(self._divide(total)).items()}
+
+
+def loss_parts(experiment: Experiment, graph: Any, spec: InputSpec, state: TrainState, batch: Batch) -> list[str]:
+    """The parts of the tasks' losses, as metrics name them; nothing is computed.
+
+    Raises UserError when `checkpoint.best` is none of the metrics that validation gives.
+    """
+    best, validate = experiment.checkpoint.best, make_validation(graph, experiment, spec)
+
+    def measured(params: Any, buffers: Any, batch: Batch) -> Any:
+        sums = validate(params, buffers, batch, np.int32(1))
+        return sums.losses, nnx.merge(graph, params, buffers).metrics(sums)
+
+    losses, metrics = jax.eval_shape(measured, state.params, state.buffers, batch)
+    names = sorted(f"validation/{name}" for name in metrics)
+    if best is not None and best not in names:
+        raise UserError(f"checkpoint.best: {best} is no metric of this run; there are {', '.join(names)}, or null")
+    return [f"{task}/{part}" for task, parts in losses.items() for part in parts]

@@ -105,9 +105,35 @@ def test_a_folder_that_is_no_run(capsys, tmp_path, config):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize(
+    "run, expected",
+    [
+        ("gs://bucket/run", "gs://bucket/run: a run lies in a folder of this machine, not in a bucket"),
+        ("s3://bucket/run", "s3://bucket/run: a run lies in a folder"),
+        ("/proc/run", "/proc/run: cannot be written (No such file or directory)"),
+        ("taken", "taken: is a file; give a folder"),
+        ("taken/run", "taken is a file, so that no folder can be made in it"),
+    ],
+)
+def test_a_place_that_can_hold_no_run(capsys, config, tmp_path, monkeypatch, run, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("mine")
+    assert expected in said(capsys, "train", config, "--run", run)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"] and (tmp_path / "taken").read_text() == "mine"
+
+
 @pytest.fixture
 def copied(small_store, tmp_path) -> Path:
     return Path(shutil.copytree(small_store, tmp_path / "store"))
+
+
+def test_a_store_without_an_image_for_training(capsys, changed, copied, tmp_path):
+    described = json.loads((copied / "store.json").read_text())
+    del described["counts"]["train"]["images"]["ct"]
+    (copied / "store.json").write_text(json.dumps(described))
+    message = said(capsys, "train", changed({"data.store": str(copied)}), "--run", tmp_path / "run")
+    assert f"inputs.images.ct: none of the 60 training studies of {copied} holds one" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_store_of_a_newer_format(capsys, copied):

@@ -20,7 +20,7 @@ from mmfm_jax.train.checkpoint import load_run
 from mmfm_jax.train.lock import RunLock
 
 STEPS = 60
-INTERRUPTIONS = ("kill", "kill in a save", "stop", "kill in a save", "kill")
+INTERRUPTIONS = ("Ctrl-C before a step", "kill in a save", "SIGTERM", "kill in a save", "SIGINT", "kill")
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +66,18 @@ def uninterrupted(mmfm, config, tmp_path_factory) -> Path:
     return run
 
 
+def measured(lines: list[dict]) -> dict[int, float]:
+    return {line["step"]: line["validation/loss"] for line in lines if "validation/loss" in line}
+
+
 def newest(lines, run: Path) -> int:
     return max((line["step"] for line in lines(run)), default=0)
 
 
 def interrupt(process: subprocess.Popen, run: Path, how: str, lines, rng: random.Random) -> bool:
     """Once the process has taken some steps, or while a checkpoint is being written; whether it was still alive."""
+    if how == "Ctrl-C before a step":
+        return interrupt_before_a_step(process, run)
     before = newest(lines, run)
     until = before + rng.randint(1, 5)
     while process.poll() is None and (newest(lines, run) < until or newest(lines, run) == before):
@@ -80,14 +86,26 @@ def interrupt(process: subprocess.Popen, run: Path, how: str, lines, rng: random
         while process.poll() is None and not any((run / "checkpoints").glob("*orbax-checkpoint-tmp*")):
             time.sleep(0.001)
     alive = process.poll() is None
-    process.send_signal(signal.SIGTERM if how == "stop" else signal.SIGKILL)
+    process.send_signal(getattr(signal, how, signal.SIGKILL))
     out, err = process.communicate(timeout=120)
-    if how == "stop" and alive:
+    if how.startswith("SIG") and alive:
         assert process.returncode == 0, err
         saved = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
-        assert saved < STEPS and f"Stopped at step {saved} of {STEPS}" in out
-        assert "the same command goes on from there" in out
+        assert saved < STEPS and f"Stopped at step {saved} of {STEPS} and saved, by {how}; the same command goes" in out
+        assert err == f"mmfm: {how}: saves after the step under way and stops; a second signal leaves at once.\n"
+        assert f"step {saved} of {STEPS}: loss " in out and lines(run)[-1]["ended"] == how
     return alive
+
+
+def interrupt_before_a_step(process: subprocess.Popen, run: Path) -> bool:
+    """While the step is traced and compiled."""
+    while process.poll() is None and not (run / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and err.count("\n") == 1, err
+    assert err.startswith("mmfm: SIGINT: left before the first step; nothing is lost; the same command goes on")
+    return True
 
 
 def test_resume_is_bitwise_equal_after_sigkill_and_sigterm(
@@ -98,9 +116,12 @@ def test_resume_is_bitwise_equal_after_sigkill_and_sigterm(
     for how in INTERRUPTIONS:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         interrupted += interrupt(process, run, how, lines, rng)
-    assert interrupted >= 4  # a slow machine may let a run finish; then there is nothing left to interrupt
+    assert interrupted >= 5  # a slow machine may let a run finish; then there is nothing left to interrupt
     done = mmfm("train", config, "--run", run)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    best = min(measured(lines(run)), key=lambda step: (measured(lines(run))[step], -step))
+    assert f"Best validation/loss: {measured(lines(run))[best]:.4g} at step {best}." in done.stdout
+    assert done.stdout.rstrip().endswith(f"Next: mmfm evaluate {run}") and lines(run)[-1]["ended"] == "finished"
     mine, whole = final_leaves(run), final_leaves(uninterrupted)
     assert mine.keys() == whole.keys()
     assert {"bfloat16", "float32"} <= {str(leaf.dtype) for leaf in whole.values()}
@@ -128,7 +149,7 @@ def test_a_folder_in_which_a_run_trains_is_refused_with_status_2(config, uninter
 
 def test_the_latest_checkpoints_and_the_best_are_kept_and_no_others(uninterrupted, lines):
     kept = sorted(int(path.name) for path in (uninterrupted / "checkpoints").iterdir() if path.name.isdigit())
-    validated = {line["step"]: line["validation/loss"] for line in lines(uninterrupted) if "validation/loss" in line}
+    validated = measured(lines(uninterrupted))
     best = min(validated, key=lambda step: (validated[step], -step))
     assert kept == sorted({best, STEPS - 2, STEPS})
     assert load_run(uninterrupted).step == best

@@ -182,7 +182,7 @@ def test_report_stands_alone_and_names_no_patient_and_no_path(run, store):
         assert not any(patient in text for patient in patients) and store.url not in text
     assert "nodule" not in (folder / "evaluation.json").read_text() + printed  # the word of every text
     assert "nodule" not in page.partition("<h2>Examples</h2>")[0]
-    assert "malignancy/fused/auroc" in printed and "report.html" in printed
+    assert "malignancy/fused/auroc" in printed and "report.html" in printed and "Step 1. " in printed
     assert sorted(p.name for p in folder.iterdir()) == ["evaluation.json", "report.html"]
 
 

@@ -85,11 +85,15 @@ def test_a_resumed_log_still_adds_up_to_the_wall_time(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in old) + '{"step": 7, "ti')
     telemetry = Telemetry(tmp_path, 4, 10, Console(quiet=True), True, Clock())
-    telemetry.finish(10)
+    telemetry.finish(10, "finished")
     telemetry.close()
     lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in lines] == [0, 4, 4, 10, 10]
     seconds = goodput.spent(lines)
     assert seconds["lost"] == 15 and seconds["down"] == pytest.approx(60, abs=1)
     assert sum(seconds.values()) == pytest.approx((datetime.now(UTC) - began).total_seconds(), abs=1)
-    assert lines[2]["start"] == 2 and lines[-1]["goodput"] == pytest.approx(0.2, abs=0.01)
+    assert (
+        lines[2]["start"] == 2
+        and lines[-1]["ended"] == "finished"
+        and lines[-1]["goodput"] == pytest.approx(0.2, abs=0.01)
+    )

@@ -1,5 +1,6 @@
 """What a run's folder allows: one run at a time, more steps where the schedule lets it, a trace of some steps."""
 
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from rich.console import Console
 
 from mmfm_jax.errors import UserError
 from mmfm_jax.parallel.mesh import make_mesh
@@ -69,8 +71,9 @@ def rates(run: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def finished(make, tmp_path_factory) -> Path:
     """A run of 20 steps, constant until 14, with a trace of three."""
-    run = tmp_path_factory.mktemp("finished") / "run"
-    train(make({"train.profile": {"start": 5, "steps": 3}}), run)
+    run, printed = tmp_path_factory.mktemp("finished") / "run", io.StringIO()
+    train(make({"train.profile": {"start": 5, "steps": 3}}), run, Console(file=printed, width=80))
+    (run.parent / "printed").write_text(printed.getvalue())
     return run
 
 
@@ -116,6 +119,27 @@ def test_what_cannot_be_prolonged_is_said(make, finished, tmp_path):
     with pytest.raises(UserError, match=r"the cosine schedule falls .* wsd"):
         train(make({"train.steps": 40, "optimizer.schedule": "cosine"}), run)
     assert steps_in(run) == {20} and not (run / "steps-20").exists()
+
+
+def test_without_a_terminal_a_run_says_how_it_goes_what_is_best_and_what_comes_next(finished):
+    first, *middle, end, next_command = (finished.parent / "printed").read_text().splitlines()
+    assert first.startswith("First step after ") and "Goodput " in middle[-1]
+    assert middle[0].startswith("step 1 of 20: loss ") and "; validation at step 20: loss " in middle[-2]
+    validated = json.loads((finished / CHECKPOINTS / "20" / "validation" / "metadata").read_text())["validation/loss"]
+    assert end == f"Finished at step 20. Best validation/loss: {validated:.4g} at step 20."
+    assert next_command == f"Next: mmfm evaluate {finished}"
+
+
+def test_a_run_that_goes_on_says_which_releases_and_store_are_no_longer_the_same(make, finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (entry,) = json.loads((run / "versions.json").read_text())
+    entry["releases"]["jax"] = "0.1"
+    entry["stores"]["store"] |= {"sha256": "other", "studies": 3}
+    (run / "versions.json").write_text(json.dumps([entry]))
+    train(make(), run)
+    of_releases, of_store = capsys.readouterr().err.splitlines()
+    assert f"{run}: goes on under other releases (jax 0.1 is now {jax.__version__})" in of_releases
+    assert "(store.json differs: store had 3 studies and has 120)" in of_store
 
 
 def test_a_trace_of_the_steps_asked_for_lies_in_the_folder(finished):

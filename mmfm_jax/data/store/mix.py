@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import sqrt
 from typing import Any
 
@@ -205,7 +205,7 @@ def _check_splits(names: tuple[str, ...], stores: list[StudyStore]) -> None:
 # ---------------------------------------------------------------- one fingerprint
 
 
-def _joined_stats(stats: list[Stats], stores: list[StudyStore], schema: Schema) -> Stats:
+def _joined_stats(stats: list[Stats], stores: Sequence[StudyStore], schema: Schema) -> Stats:
     train = [store.counts["train"].studies if "train" in store.counts else 0 for store in stores]
 
     def missing_elsewhere(held: list[bool]) -> int:

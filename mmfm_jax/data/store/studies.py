@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import tensorstore as ts
@@ -12,6 +12,9 @@ import tensorstore as ts
 from mmfm_jax.config.inputs import ImageInput, Window
 from mmfm_jax.data.store.stats import Stats
 from mmfm_jax.data.study import Schema
+
+if TYPE_CHECKING:
+    from mmfm_jax.data.store.study_store import StudyStore
 
 Extent = tuple[int, int, int]
 TableRow = tuple[dict[str, tuple[str, ...]], dict[str, float | str], dict[str, int]]
@@ -34,6 +37,10 @@ class Studies(Protocol):
 
     mixed: bool
     """Whether a batch says which store each study is of."""
+    names: Sequence[str]
+    """Of `stores`, as a configuration has them."""
+    stores: Sequence[StudyStore]
+    """The store itself, or those that are read as one."""
 
     @property
     def url(self) -> str: ...

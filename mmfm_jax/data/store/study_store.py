@@ -65,6 +65,7 @@ class StudyStore(Studies):
     """
 
     mixed = False
+    names = ("store",)
 
     def __init__(
         self,
@@ -78,6 +79,7 @@ class StudyStore(Studies):
         self.cache_bytes = cache_bytes
         self._url, self.file, self._stats, self.train_share = url, file, stats, train_share
         self._kvstore = kvstore
+        self.stores = (self,)
         self._array = functools.lru_cache(_OPEN_VOLUMES)(self._open_array)
         self._info = functools.lru_cache(_OPEN_VOLUMES)(self._read_info)
         self._columns = functools.lru_cache(64)(self._read_columns)
@@ -124,6 +126,11 @@ class StudyStore(Studies):
     @property
     def schema(self) -> Schema:
         return self.file.declared
+
+    @functools.cached_property
+    def checksum(self) -> str:
+        """SHA-256 of `store.json`, which has those of the other files."""
+        return hashlib.sha256(self._kvstore.read("store.json").result().value).hexdigest()
 
     @property
     def counts(self) -> dict[str, SplitCounts]:
