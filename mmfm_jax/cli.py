@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mmfm_jax.errors import UserError
 from mmfm_jax.parallel.flags import set_flags, with_huge_pages
+from mmfm_jax.screen import make_console, printable
 
 STARTED = time.perf_counter()
 
@@ -47,8 +48,6 @@ def ingest(args: argparse.Namespace) -> None:
 
     Every input ends in the store or in its rejects.parquet; exit status 3 says that some were refused.
     """
-    from rich.console import Console
-
     from mmfm_jax.data.ingest.pool import Limits
     from mmfm_jax.data.ingest.report import held, summary
     from mmfm_jax.data.ingest.run import ingest
@@ -57,10 +56,10 @@ def ingest(args: argparse.Namespace) -> None:
     ray = args.runner == "ray"
     workers = args.workers or (0 if ray else os.cpu_count() or 1)
     limits = Limits(workers, int(args.memory * 2**30), args.timeout)
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     outcome = ingest(args.dataset, args.out, limits, append=args.append, work=args.work, ray=ray, console=console)
-    Console().print(summary(outcome))
-    print(held(outcome, StudyStore.open(args.out)))
+    make_console().print(summary(outcome))
+    print(printable(held(outcome, StudyStore.open(args.out))))
     if outcome.rejects:
         sys.stdout.flush()
         sys.exit(3)
@@ -79,8 +78,6 @@ def inspect(args: argparse.Namespace) -> None:
 
     The page lies in the store's folder, or in the working directory where that is none or may not be written.
     """
-    from rich.console import Console
-
     from mmfm_jax.data.inspect.page import write_page
     from mmfm_jax.data.inspect.summary import summary
     from mmfm_jax.data.store.study_store import StudyStore
@@ -88,14 +85,13 @@ def inspect(args: argparse.Namespace) -> None:
     store = StudyStore.open(args.store)
     if args.verify:
         store.verify()
-    Console().print(summary(store))
-    print(f"\n{write_page(store, args.out)}")
+    make_console().print(summary(store))
+    print(f"\n{printable(str(write_page(store, args.out)))}")
 
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
     """Trains a configuration into a run folder; a run that holds a checkpoint goes on from it by itself."""
     import jax
-    from rich.console import Console
 
     from mmfm_jax.experiment import load_experiment
     from mmfm_jax.parallel.compiled import keep_compiled
@@ -103,7 +99,7 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
     from mmfm_jax.train.clock import Clock
     from mmfm_jax.train.loop import train
 
-    clock, console = Clock(STARTED), Console()
+    clock, console = Clock(STARTED), make_console()
     with clock("devices"):
         start_processes()
         place = keep_compiled()
@@ -276,7 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         args.function(args, rest) if takes_fields else args.function(args)
     except UserError as error:
-        print(f"mmfm: {error}", file=sys.stderr)
+        print(f"mmfm: {printable(str(error))}", file=sys.stderr)
         sys.stderr.flush()
         sys.exit(2)
     except BrokenPipeError:

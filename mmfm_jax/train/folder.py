@@ -15,7 +15,6 @@ evaluation.json, report.html   by `mmfm evaluate`
 
 from __future__ import annotations
 
-import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from mmfm_jax.data.batch import InputSpec
 from mmfm_jax.data.feed.tokenizer import Tokenizer
 from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment, load_experiment, to_yaml
+from mmfm_jax.files import replace
 
 CONFIG, INPUTS, TOKENIZER = "config.yaml", "inputs.json", "tokenizer.json"
 
@@ -72,13 +72,6 @@ def write(run: Path, experiment: Experiment, spec: InputSpec, tokenizer: Tokeniz
     replace(run / TOKENIZER, tokenizer.to_json())
     replace(run / INPUTS, spec.model_dump_json(indent=1))
     replace(run / CONFIG, to_yaml(experiment))
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def check_same(run: Path, held: Experiment, asked: Experiment) -> None:

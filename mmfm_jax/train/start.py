@@ -10,6 +10,7 @@ from mmfm_jax.data.feed.tokenizer import Tokenizer
 from mmfm_jax.data.store.studies import Studies
 from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment
+from mmfm_jax.files import PARTIAL, refuse_links
 from mmfm_jax.parallel.processes import meet
 from mmfm_jax.train import folder
 from mmfm_jax.train.lock import LOCK, RunLock
@@ -27,6 +28,7 @@ def start_or_resume(
     for split in ("train", "validation"):
         store.rows(split)
     held = None
+    refuse_links(run)
     if folder.exists(run):
         held, spec, tokenizer = folder.read(run)
         folder.check_same(run, held, experiment)
@@ -65,7 +67,7 @@ def start_or_resume(
 def _only_leftovers(run: Path) -> bool:
     """Whether a start that was cut off wrote all there is."""
     ours = {folder.TOKENIZER, folder.INPUTS, LOCK}
-    return all(path.name in ours or path.name.endswith(".partial") for path in run.iterdir())
+    return all(path.name in ours or path.name.endswith(PARTIAL) for path in run.iterdir())
 
 
 def make_tokenizer(experiment: Experiment, store: Studies) -> Tokenizer:

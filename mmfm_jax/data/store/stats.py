@@ -77,6 +77,22 @@ class Stats(_Frozen):
     images: dict[str, ImageRole]
     masks: dict[str, MaskVoxels] = {}
 
+    def check(self, schema: Schema) -> None:
+        """Raises ValueError unless it is of what a schema declares, and in whole."""
+        numbers = {name for name, column in schema.columns.items() if column.kind == "number"}
+        held = [self.numbers, self.categories, self.texts, self.images, self.masks]
+        declared = [numbers, schema.columns.keys() - numbers, schema.texts, schema.images, schema.masks]
+        if any(set(ours) != set(theirs) for ours, theirs in zip(held, declared)):
+            raise ValueError("it is of other parts than the store declares")
+        percentiles = {f"{p:g}" for p in PERCENTILES}
+        if any(set(role.percentiles) not in (set(), percentiles) for role in self.images.values()):
+            raise ValueError("it lacks percentiles of images")
+        classes = [(of, set(schema.masks[name].classes)) for name, of in self.masks.items()]
+        if any(set(of.volumes) != names or set(of.voxels) != names for of, names in classes):
+            raise ValueError("it is of other classes of masks than the store declares")
+        if any(set(of.counts) != set(schema.columns[name].vocabulary) for name, of in self.categories.items()):
+            raise ValueError("it is of other words than the store declares")
+
 
 class StatsBuilder:
     """Gathers `Stats` from training studies one at a time, in memory that does not grow with their number."""
