@@ -114,7 +114,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """Measures a run on held-out patients; writes evaluation.json and report.html into it."""
     from mmfm_jax.evaluate.evaluate import evaluate
 
-    evaluate(args.run)
+    evaluate(args.run, remote=args.remote)
 
 
 def plan(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -212,6 +212,9 @@ def parser() -> argparse.ArgumentParser:
     of_train.add_argument("--run", type=Path, required=True, help="folder of the run; made if it is not there")
     of_evaluate = verb(evaluate)
     of_evaluate.add_argument("run", type=Path, help="folder of a run")
+    of_evaluate.add_argument(
+        "--remote", action="store_true", help="read studies that are not on this machine, where the run says so"
+    )
     of_plan = verb(plan)
     of_plan.add_argument(
         "config", type=Path, help="experiment in YAML; any of its fields can be set as --field.name VALUE"

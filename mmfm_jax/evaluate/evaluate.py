@@ -18,6 +18,7 @@ from mmfm_jax import files
 from mmfm_jax.config.evaluation import EvaluateConfig
 from mmfm_jax.data.feed.example import Samples
 from mmfm_jax.data.feed.pipeline import evaluation_batches
+from mmfm_jax.data.store.format import local_folder
 from mmfm_jax.data.store.mix import open_data
 from mmfm_jax.data.store.studies import Studies
 from mmfm_jax.errors import UserError
@@ -33,6 +34,7 @@ from mmfm_jax.metrics.label import UNTRAINED, tell
 from mmfm_jax.metrics.origin import PROBE, origin
 from mmfm_jax.metrics.statistics import Measure
 from mmfm_jax.screen import make_console, plain, printable
+from mmfm_jax.train import folder
 from mmfm_jax.train.checkpoint import TrainedRun, load_run
 from mmfm_jax.train.state import initial_learner
 
@@ -53,9 +55,10 @@ class Evaluation:
         return self.findings.measures
 
 
-def evaluate(run: str | Path, console: Console | None = None) -> Evaluation:
+def evaluate(run: str | Path, console: Console | None = None, remote: bool = False) -> Evaluation:
     """Measures the run in a folder; writes `evaluation.json` and `report.html` there and prints a table.
 
+    `remote`: the run's configuration may name a store that is not in a folder of this machine.
     Raises UserError when the run, its store or its split cannot be read, or the evaluation asks for what they lack.
     """
     if jax.process_count() > 1:
@@ -63,6 +66,14 @@ def evaluate(run: str | Path, console: Console | None = None) -> Evaluation:
             "evaluation runs in one process (over all its devices); start `mmfm evaluate` on one host alone"
         )
     run, console = Path(run), console or make_console()
+    places = folder.read(run)[0].data.places
+    for place in places:
+        if local_folder(place) is None and not remote:
+            raise UserError(
+                f"{run / folder.CONFIG}: its studies are at {place}, which is no folder of this machine; if you trust "
+                "that place and who wrote the run, give --remote"
+            )
+    console.print(plain(f"Studies: {' + '.join(places)}"), soft_wrap=True)
     trained = load_run(run)
     store = open_data(trained.experiment.data)
     samples = Samples(store, trained.experiment.inputs, trained.spec, trained.tokenizer)

@@ -402,9 +402,7 @@ class StudyStore(Studies):
         if held is None:
             return None
         if len(held) != len(self.schema.masks[name].classes) or min(held) < 0:
-            raise UserError(
-                f"{self.url}: mask {name} of study {row} is damaged; copy or build the store again"
-            )
+            raise UserError(f"{self.url}: mask {name} of study {row} is damaged; copy or build the store again")
         return np.asarray(held, np.int64)
 
     def mask_crop(self, name: str, row: int, start: Extent, size: Extent) -> np.ndarray:
