@@ -23,7 +23,7 @@ _DICTIONARY_PAGE = 2
 
 
 def read(
-    data: bytes, schema: pa.Schema, columns: Sequence[str] | None = None, most: int = MOST_BYTES, keep: Sequence = ()
+    data: bytes, schema: pa.Schema, columns: Sequence[str] | None = None, most: int | None = None, keep: Sequence = ()
 ) -> pa.Table:
     """Every row of a file; as `read_groups`."""
     try:
@@ -40,27 +40,26 @@ def read_groups(
     groups: Iterable[int],
     schema: pa.Schema,
     columns: Sequence[str] | None = None,
-    most: int = MOST_BYTES,
+    most: int | None = None,
     keep: Sequence[str] = (),
 ) -> pa.Table:
     """Columns (all of `schema`, unless some are named) of row groups of a file of which `data` begins at `start`.
 
-    `most`: bytes that they may become. `keep`: columns of words that stay a dictionary.
+    `most`: bytes that they may become (MOST_BYTES). `keep`: columns of words that stay a dictionary.
     Raises ValueError when the file is damaged, does not hold what the schema says or would become more.
     """
-    names, groups = list(columns or schema.names), list(groups)
+    names, groups, most = list(columns or schema.names), list(groups), most or MOST_BYTES
     try:
         held = 0
         for chunk in (chunk for group in groups for chunk in _chunks(footer.row_group(group))):
-            name = chunk.path_in_schema.partition(".")[0]
-            if name in names:
-                held += _decoded_bytes(data, start, chunk, most, name in keep)
+            path = chunk.path_in_schema.split(".")  # names may hold dots too
+            within = {".".join(path[:end]) for end in range(1, len(path) + 1)}
+            if not within.isdisjoint(names):
+                held += _decoded_bytes(data, start, chunk, most, not within.isdisjoint(keep))
         if held > most:
             raise ValueError(f"it would take more than {most:,} bytes")
         file = pq.ParquetFile(_Window(data, start), metadata=footer, read_dictionary=list(keep) or None)
         table = file.read_row_groups(groups, names, use_threads=False)
-        if set(table.column_names) < set(names):
-            raise ValueError("it lacks a column")
         return pa.table({n: table[n] if n in keep else table[n].cast(schema.field(n).type) for n in names})
     except (pa.ArrowException, OSError, KeyError, IndexError, OverflowError, MemoryError) as error:
         raise ValueError("it is damaged, or is not what its store describes") from error

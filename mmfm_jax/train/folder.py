@@ -63,7 +63,10 @@ def read(run: Path) -> tuple[Experiment, InputSpec, Tokenizer]:
         spec = InputSpec.model_validate_json((run / INPUTS).read_text())
     except (OSError, ValidationError) as error:
         raise UserError(f"{run / INPUTS}: is missing or damaged; start the run again in a new folder") from error
-    return experiment, spec, Tokenizer.load(str(run / TOKENIZER))
+    tokenizer = Tokenizer.load(str(run / TOKENIZER))
+    if spec.vocabulary_size != tokenizer.vocabulary_size:
+        raise UserError(f"{run / INPUTS}: is of another tokenizer than that in {TOKENIZER}; copy the run again")
+    return experiment, spec, tokenizer
 
 
 def write(run: Path, experiment: Experiment, spec: InputSpec, tokenizer: Tokenizer) -> None:
