@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmfm_jax.errors import UserError
 from mmfm_jax.parallel.flags import set_flags, with_huge_pages
+from mmfm_jax.screen import make_console, printable
 
 if TYPE_CHECKING:
     from mmfm_jax.experiment import Experiment
@@ -55,8 +56,6 @@ def ingest(args: argparse.Namespace) -> None:
 
     Every input ends in the store or in its rejects.parquet; exit status 3 says that some were refused.
     """
-    from rich.console import Console
-
     from mmfm_jax.data.ingest.pool import Limits
     from mmfm_jax.data.ingest.report import held, summary
     from mmfm_jax.data.ingest.run import ingest
@@ -65,10 +64,10 @@ def ingest(args: argparse.Namespace) -> None:
     ray = args.runner == "ray"
     workers = args.workers or (0 if ray else os.cpu_count() or 1)
     limits = Limits(workers, int(args.memory * 2**30), args.timeout)
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     outcome = ingest(args.dataset, args.out, limits, append=args.append, work=args.work, ray=ray, console=console)
-    Console().print(summary(outcome))
-    print(held(outcome, StudyStore.open(args.out)))
+    make_console().print(summary(outcome))
+    print(printable(held(outcome, StudyStore.open(args.out))))
     if outcome.rejects:
         sys.stdout.flush()
         sys.exit(3)
@@ -87,8 +86,6 @@ def inspect(args: argparse.Namespace) -> None:
 
     The page lies in the store's folder, or in the working directory where that is none or may not be written.
     """
-    from rich.console import Console
-
     from mmfm_jax.data.inspect.page import write_page
     from mmfm_jax.data.inspect.summary import summary
     from mmfm_jax.data.store.study_store import StudyStore
@@ -96,8 +93,8 @@ def inspect(args: argparse.Namespace) -> None:
     store = StudyStore.open(args.store)
     if args.verify:
         store.verify()
-    Console().print(summary(store))
-    print(f"\n{write_page(store, args.out)}")
+    make_console().print(summary(store))
+    print(f"\n{printable(str(write_page(store, args.out)))}")
 
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -122,7 +119,6 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _train(args: argparse.Namespace, experiment: Experiment, stopping: StopSignal) -> None:
     import jax
-    from rich.console import Console
 
     from mmfm_jax.parallel.compiled import keep_compiled
     from mmfm_jax.parallel.processes import start_processes
@@ -134,7 +130,7 @@ def _train(args: argparse.Namespace, experiment: Experiment, stopping: StopSigna
         if place and jax.process_index() == 0:
             console.print(f"Compiled programs are kept in {place}.", soft_wrap=True, highlight=False)
 
-    clock, console = Clock(STARTED, before={"compile": tell_place}), Console()
+    clock, console = Clock(STARTED, before={"compile": tell_place}), make_console()
     with clock("devices"):
         start_processes()
         place = keep_compiled()
@@ -155,7 +151,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from mmfm_jax.evaluate.evaluate import evaluate
 
-    evaluate(args.run)
+    evaluate(args.run, remote=args.remote)
 
 
 def plan(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -300,6 +296,9 @@ def parser() -> Parser:
     of_train.add_argument("--run", type=Path, help="folder of the run, which must be given; made if it is not there")
     of_evaluate = verb(evaluate)
     of_evaluate.add_argument("run", type=Path, help="folder of a run")
+    of_evaluate.add_argument(
+        "--remote", action="store_true", help="read studies that are not on this machine, where the run says so"
+    )
     of_plan = verb(plan)
     of_plan.add_argument(
         "config", type=Path, help="experiment in YAML; any of its fields can be set as --field.name VALUE"
@@ -404,7 +403,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(sentence: str) -> NoReturn:
-    print(f"mmfm: {sentence}", file=sys.stderr)
+    print(f"mmfm: {printable(sentence)}", file=sys.stderr)
     sys.stderr.flush()
     sys.exit(2)
 

@@ -6,11 +6,14 @@ import base64
 import html
 import io
 import itertools
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+
+from mmfm_jax.screen import printable
 
 # Okabe and Ito's colours, told apart by every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -22,7 +25,10 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 10,
     "legend.frameon": False,
     "svg.hashsalt": "mmfm",  # the same figure gives the same bytes
+    "text.parse_math": False,  # names of others are text: a dollar in them is no formula
+    "text.usetex": False,
 }
+_MOST_DRAWN = 80
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0; }
@@ -39,6 +45,17 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 """
 
 
+def drawn(text: str) -> str:
+    """Text of others as a figure shows it: nothing that cannot be seen, and cut where it would fill the figure."""
+    text = printable(text[: 2 * _MOST_DRAWN])
+    return text if len(text) <= _MOST_DRAWN else f"{text[: _MOST_DRAWN - 1]}\u2026"
+
+
+def escaped(text: str) -> str:
+    """Text of others as HTML shows it; lines stay lines."""
+    return html.escape(printable(text, "\n"))
+
+
 def empty_figure(width: float, height: float) -> Figure:
     """An empty figure, inches; without pyplot, so it needs no display and nothing is left open."""
     with matplotlib.rc_context(STYLE):
@@ -48,7 +65,8 @@ def empty_figure(width: float, height: float) -> Figure:
 def to_data_uri(figure: Figure) -> str:
     """The figure as an address that an <img> holds in itself."""
     svg = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # it is drawn as a box
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     return "data:image/svg+xml;base64," + base64.b64encode(svg.getvalue()).decode("ascii")
 
@@ -56,7 +74,7 @@ def to_data_uri(figure: Figure) -> str:
 def document(title: str, body: Iterable[str]) -> str:
     """The whole page; `body` is HTML already."""
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escaped(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{CSS}</style></head>\n<body>\n'
         + "\n".join(body)
         + "\n</body></html>\n"
@@ -64,11 +82,11 @@ def document(title: str, body: Iterable[str]) -> str:
 
 
 def note(text: str) -> str:
-    return f'<p class="note">{html.escape(text)}</p>'
+    return f'<p class="note">{escaped(text)}</p>'
 
 
 def image(figure: Figure, description: str) -> str:
-    return f'<img alt="{html.escape(description)}" src="{to_data_uri(figure)}">'
+    return f'<img alt="{escaped(description)}" src="{to_data_uri(figure)}">'
 
 
 def side_by_side(images: Iterable[str], kind: str = "pair") -> str:
@@ -81,7 +99,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]], texts: int = 1) 
 
     def cells(tag: str, row: Iterable[str]) -> str:
         kinds = ("" if i < texts else ' class="number"' for i in itertools.count())
-        return "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for cell, kind in zip(row, kinds))
+        return "".join(f"<{tag}{kind}>{escaped(cell)}</{tag}>" for cell, kind in zip(row, kinds))
 
     lines = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f"<table><tr>{cells('th', header)}</tr>{lines}</table>"

@@ -125,6 +125,11 @@ class DataConfig(Config):
         return self
 
     @property
+    def places(self) -> tuple[str, ...]:
+        """Where the studies are, store by store."""
+        return tuple(self.mix[name].store for name in sorted(self.mix)) or (self.store,)
+
+    @property
     def augments(self) -> tuple[Augment, ...]:
         """Of each store, in the order of names; one where there is one store."""
         return tuple(self.mix[name].augment or self.augment for name in sorted(self.mix)) or (self.augment,)

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmfm_jax.data import parquet
+
+_MOST_BYTES = 4 * 2**30
 MENDS = {
     # ---- files
     "outside_root": "keep inputs inside the root folder and copy what links lead to",
@@ -117,7 +120,7 @@ class Reject:
         return MENDS[self.reason]
 
 
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     [
         ("source", pa.string()),
         ("file", pa.string()),
@@ -132,12 +135,16 @@ _SCHEMA = pa.schema(
 
 def to_parquet(rejects: Iterable[Reject]) -> bytes:
     """`rejects.parquet`, sorted, so that the same rejects give the same bytes."""
-    rows = [{name: getattr(reject, name) for name in _SCHEMA.names} for reject in sorted(rejects)]
+    rows = [{name: getattr(reject, name) for name in SCHEMA.names} for reject in sorted(rejects)]
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
     return sink.getvalue()
 
 
 def from_parquet(data: bytes) -> list[Reject]:
-    names = [name for name in _SCHEMA.names if name != "mend"]
-    return [Reject(**row) for row in pq.read_table(pa.BufferReader(data), columns=names).to_pylist()]
+    """The inverse of `to_parquet`. Raises ValueError for what it cannot have written."""
+    names = [name for name in SCHEMA.names if name != "mend"]
+    found = [Reject(**row) for row in parquet.read(data, SCHEMA, names, _MOST_BYTES).to_pylist()]
+    if any(reject.reason not in MENDS or None in vars(reject).values() for reject in found):
+        raise ValueError("it names a reason that there is not")
+    return found

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from mmfm_jax.errors import UserError
+
+PartName = Annotated[str, Field(min_length=1, max_length=200)]
+FolderName = Annotated[str, Field(pattern=r"^[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,199}$")]
+"""Of what has a folder of the store: a name that is a path neither within it nor out of it."""
+MOST_VOXELS = 2**33
+"""Of a volume, all channels together."""
 
 
 class _Declared(BaseModel):
@@ -18,11 +25,17 @@ class _Declared(BaseModel):
 class ImageSpec(_Declared):
     """An image role. Axes are z y x, then channels; orientation is RAS."""
 
-    dtype: str
-    shape: tuple[int, int, int] | None
+    dtype: Annotated[str, Field(pattern="^(bool|u?int(8|16|32|64)|float(16|32|64))$")]
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None
     """Voxels z y x when all volumes of the role share one shape (they are stacked in one array), else None."""
-    channels: int = 1
+    channels: Annotated[int, Field(ge=1, le=2**16)] = 1
     description: str = ""
+
+    @model_validator(mode="after")
+    def _fits_memory(self):
+        if prod(self.shape or (1,)) * self.channels > MOST_VOXELS:
+            raise ValueError(f"shape: a volume has at most {MOST_VOXELS:,} voxels, all channels together")
+        return self
 
 
 class ColumnSpec(_Declared):
@@ -56,12 +69,12 @@ class MaskSpec(_Declared):
 class Schema(_Declared):
     """Everything that studies of a store may hold; nothing else enters it."""
 
-    images: dict[str, ImageSpec] = {}
-    texts: dict[str, str] = {}
+    images: dict[FolderName, ImageSpec] = {}
+    texts: dict[PartName, str] = {}
     """Text fields with their descriptions."""
-    columns: dict[str, ColumnSpec] = {}
-    labels: dict[str, LabelSpec] = {}
-    masks: dict[str, MaskSpec] = {}
+    columns: dict[PartName, ColumnSpec] = {}
+    labels: dict[PartName, LabelSpec] = {}
+    masks: dict[FolderName, MaskSpec] = {}
 
     @model_validator(mode="after")
     def _masks_have_images(self):

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from rich import box
+from rich import box, markup
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table as RichTable
 
+from mmfm_jax import files
 from mmfm_jax.config.evaluation import EvaluateConfig
 from mmfm_jax.data.feed.example import Samples
 from mmfm_jax.data.feed.pipeline import evaluation_batches
+from mmfm_jax.data.store.format import local_folder
 from mmfm_jax.data.store.mix import open_data
 from mmfm_jax.data.store.studies import Studies
 from mmfm_jax.errors import UserError
@@ -31,6 +33,7 @@ from mmfm_jax.metrics.held_out import HeldOut, LogProbability, Split, View, Word
 from mmfm_jax.metrics.label import UNTRAINED, tell
 from mmfm_jax.metrics.origin import PROBE, origin
 from mmfm_jax.metrics.statistics import Measure
+from mmfm_jax.screen import make_console, plain, printable
 from mmfm_jax.train import folder
 from mmfm_jax.train.checkpoint import TrainedRun, load_run
 from mmfm_jax.train.state import initial_learner
@@ -52,23 +55,32 @@ class Evaluation:
         return self.findings.measures
 
 
-def evaluate(run: str | Path, console: Console | None = None) -> Evaluation:
+def evaluate(run: str | Path, console: Console | None = None, remote: bool = False) -> Evaluation:
     """Measures the run in a folder; writes `evaluation.json` and `report.html` there and prints a table.
 
+    `remote`: the run's configuration may name a store that is not in a folder of this machine.
     Raises UserError when the run, its store or its split cannot be read, or the evaluation asks for what they lack.
     """
     if jax.process_count() > 1:
         raise UserError(
             "evaluation runs in one process (over all its devices); start `mmfm evaluate` on one host alone"
         )
-    run, console = Path(run), console or Console()
+    run, console = Path(run), console or make_console()
+    places = folder.read(run)[0].data.places
+    for place in places:
+        if local_folder(place) is None and not remote:
+            raise UserError(
+                f"{run / folder.CONFIG}: its studies are at {place}, which is no folder of this machine; if you trust "
+                "that place and who wrote the run, give --remote"
+            )
+    console.print(plain(f"Studies: {' + '.join(places)}"), soft_wrap=True)
     trained = load_run(run)
     store = open_data(trained.experiment.data)
     samples = Samples(store, trained.experiment.inputs, trained.spec, trained.tokenizer)
     result = measure_run(trained, store, samples, console)
     findings, experiment = result.findings, trained.experiment
     measures = {name: asdict(measure) for name, measure in findings.measures.items()}
-    folder.replace(run / "evaluation.json", json.dumps(measures, indent=1) + "\n")
+    files.replace(run / "evaluation.json", json.dumps(measures, indent=1) + "\n")
     facts = (
         f"Step {trained.step}. {len(result.test.rows)} studies of {len(np.unique(result.test.patients))} patients of "
         f"the {experiment.evaluate.split} split, none of whom was trained on. Intervals: 95%, from "
@@ -76,11 +88,11 @@ def evaluate(run: str | Path, console: Console | None = None) -> Evaluation:
     )
     write_report(run, experiment.name, facts, findings)
     for note in (facts, *findings.notes):
-        console.print(note)
+        console.print(plain(note))
     console.print(results_table({name: m for name, m in findings.measures.items() if brief(name)}))
     for headline in findings.headlines:
-        console.print(headline)
-    console.print(f"Report: {run / 'report.html'}", soft_wrap=True)
+        console.print(plain(headline))
+    console.print(plain(f"Report: {run / 'report.html'}"), soft_wrap=True)
     return result
 
 
@@ -98,7 +110,13 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
             samples, name, batch_size, np.arange(batch_size), workers=experiment.data.workers, studies=rows
         )
         further = AllTexts(samples.readings, spec, trained.tokenizer, config.max_texts) if spec.texts else None
-        progress = track(batches, f"{name} studies", -(-len(rows) // batch_size), console=console, transient=True)
+        progress = track(
+            batches,
+            markup.escape(f"{printable(name)} studies"),
+            -(-len(rows) // batch_size),
+            console=console,
+            transient=True,
+        )
         return collect(extract, progress, store.patients, ask, further)
 
     test = split(config.split, store.rows(config.split))
@@ -253,7 +271,7 @@ def results_table(measures: dict[str, Measure]) -> RichTable:
             of = label
         interval = f"{_short(m.low)} to {_short(m.high)}" if m.low is not None and m.high is not None else ""
         level = measures.get(f"{name}_chance")
-        table.add_row(name, _short(m.value), interval, _short(level.value) if level else "", str(m.n))
+        table.add_row(plain(name), _short(m.value), interval, _short(level.value) if level else "", str(m.n))
     return table
 
 

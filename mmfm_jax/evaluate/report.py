@@ -5,15 +5,14 @@ It names no patient, path or machine. It does show a few images and texts of the
 
 from __future__ import annotations
 
-import html
 import json
 from pathlib import Path
 
 import numpy as np
 
+from mmfm_jax.files import replace
 from mmfm_jax.metrics.findings import Exhibit, Findings, Forest, Panel, Passage
 from mmfm_jax.metrics.statistics import Measure
-from mmfm_jax.train import folder
 
 NOT_DRAWN = {"step", "time", "batch_checksum", "start", "goodput"}
 BOOKKEEPING = ("seconds/", "start/", "badput/")  # of the run's time: not a curve over its steps
@@ -21,24 +20,25 @@ History = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def write_report(run: Path, title: str, facts: str, findings: Findings) -> None:
-    """Writes `report.html` in the run folder, whole or not at all."""
-    folder.replace(run / "report.html", render(title, facts, findings, read_history(run / "metrics.jsonl")))
+    """Writes `report.html` in the run folder, whole or not at all, for its owner alone: it shows texts and slices."""
+    page = render(title, facts, findings, read_history(run / "metrics.jsonl"))
+    replace(run / "report.html", page, private=True)
 
 
 def render(title: str, facts: str, findings: Findings, history: History) -> str:
     """The page; sections with nothing to show are left out."""
     from mmfm_jax.metrics import figures
-    from mmfm_jax.page import document, image, note
+    from mmfm_jax.page import document, escaped, image, note
 
     body = [
-        f"<h1>{html.escape(title)}</h1>",
-        *(f"<p>{html.escape(said)}</p>" for said in findings.headlines),
+        f"<h1>{escaped(title)}</h1>",
+        *(f"<p>{escaped(said)}</p>" for said in findings.headlines),
         note(facts),
         *map(note, findings.notes),
     ]
     for heading, exhibits in by_heading(findings.exhibits).items():
         notes = dict.fromkeys(exhibit.note for exhibit in exhibits if exhibit.note)
-        body += [f"<h2>{html.escape(heading)}</h2>", *map(note, notes), *pieces(exhibits)]
+        body += [f"<h2>{escaped(heading)}</h2>", *map(note, notes), *pieces(exhibits)]
     if history:
         body += ["<h2>Training</h2>", image(figures.training_curves(history), "Training curves")]
     body += ["<h2>All measures</h2>", _table(findings.measures)]

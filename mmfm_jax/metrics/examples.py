@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
 
 from mmfm_jax.data.inspect.slices import Slice, scaled_slice
@@ -28,14 +27,14 @@ def first_of(readings: list[Words]) -> str:
 
 def examples_html(shown: list[Example]) -> str:
     """All in frames of one physical size: that of the largest. Texts are escaped."""
-    from mmfm_jax.page import image
+    from mmfm_jax.page import escaped, image
 
     extents = [example.image.extent_mm for example in shown]
     frame = max(y for y, _ in extents), max(x for _, x in extents)
     cells = [
         f'<div class="example">{image(scaled_slice(e.image, frame), "Middle slice")}<div>'
-        f"<p><b>Nearest</b> {html.escape(e.nearest)}</p>"
-        f"<p><b>Own (rank {e.rank:g})</b> {html.escape(e.own)}</p></div></div>"
+        f"<p><b>Nearest</b> {escaped(e.nearest)}</p>"
+        f"<p><b>Own (rank {e.rank:g})</b> {escaped(e.own)}</p></div></div>"
         for e in shown
     ]
     return f'<div class="examples">{"".join(cells)}</div>'

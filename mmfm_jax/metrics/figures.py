@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mmfm_jax.metrics.statistics import CALIBRATION_BINS, Confidence, Measure
-from mmfm_jax.page import COLOURS, STYLE, empty_figure
+from mmfm_jax.page import COLOURS, STYLE, drawn, empty_figure
 
 
 def forest(measures: dict[str, Measure], reference: float | None, unit: str) -> Figure:
@@ -27,9 +27,9 @@ def forest(measures: dict[str, Measure], reference: float | None, unit: str) -> 
                 axes.plot(level.value, y, "|", color="#777777", markersize=9)
         if reference is not None:
             axes.axvline(reference, color="#999999", linewidth=0.8, linestyle=":")
-        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_yticks(range(len(rows)), [drawn(name) for name in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlabel(unit)
+        axes.set_xlabel(drawn(unit))
         axes.grid(axis="x", color="#eeeeee")
         axes.set_axisbelow(True)
         return figure
@@ -42,8 +42,8 @@ def roc(curves: dict[str, tuple[np.ndarray, np.ndarray]], title: str) -> Figure:
         axes = figure.add_subplot()
         axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8, linestyle=":")
         for (name, (false_positive, true_positive)), colour in zip(curves.items(), COLOURS):
-            axes.plot(false_positive, true_positive, color=colour, linewidth=1.4, label=name)
-        axes.set(xlabel="1 - specificity", ylabel="sensitivity", title=title, aspect="equal")
+            axes.plot(false_positive, true_positive, color=colour, linewidth=1.4, label=drawn(name))
+        axes.set(xlabel="1 - specificity", ylabel="sensitivity", title=drawn(title), aspect="equal")
         axes.legend(loc="lower right", fontsize=7.5)
         return figure
 
@@ -59,7 +59,7 @@ def calibration(claimed: Confidence, title: str) -> Figure:
             [claimed.probability[b].mean() for b in bins], [claimed.outcome[b].mean() for b in bins],
             "o-", color=COLOURS[0], markersize=4.5, linewidth=1.2,
         )  # fmt: skip
-        axes.set(ylabel="observed share", title=title, xlim=(0, 1), ylim=(-0.02, 1.02))
+        axes.set(ylabel="observed share", title=drawn(title), xlim=(0, 1), ylim=(-0.02, 1.02))
         below.hist(claimed.probability, bins=CALIBRATION_BINS, range=(0, 1), color="#bbbbbb", rwidth=0.9)
         below.set(xlabel="claimed probability", ylabel="studies")
         return figure
@@ -83,6 +83,6 @@ def training_curves(history: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure
                     axes.plot(*history[key], color=colour, linewidth=1.1, label=label)
             if f"validation/{name}" in history:
                 axes.legend(fontsize=7)
-            axes.set_title(name, fontsize=8.5)
+            axes.set_title(drawn(name), fontsize=8.5)
             axes.tick_params(labelsize=7)
         return figure

@@ -30,6 +30,7 @@ from mmfm_jax.data.batch import InputSpec
 from mmfm_jax.data.feed.tokenizer import Tokenizer
 from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment, load_experiment, to_yaml
+from mmfm_jax.files import replace
 from mmfm_jax.train.place import CONFIG, INPUTS, TOKENIZER, check_run
 from mmfm_jax.train.place import exists as exists
 
@@ -63,7 +64,10 @@ def read(run: Path) -> tuple[Experiment, InputSpec, Tokenizer]:
         spec = InputSpec.model_validate_json((run / INPUTS).read_text())
     except (OSError, ValidationError) as error:
         raise UserError(f"{run / INPUTS}: is missing or damaged; start the run again in a new folder") from error
-    return experiment, spec, Tokenizer.load(str(run / TOKENIZER))
+    tokenizer = Tokenizer.load(str(run / TOKENIZER))
+    if spec.vocabulary_size != tokenizer.vocabulary_size:
+        raise UserError(f"{run / INPUTS}: is of another tokenizer than that in {TOKENIZER}; copy the run again")
+    return experiment, spec, tokenizer
 
 
 def write(run: Path, experiment: Experiment, spec: InputSpec, tokenizer: Tokenizer) -> None:
@@ -72,19 +76,6 @@ def write(run: Path, experiment: Experiment, spec: InputSpec, tokenizer: Tokeniz
     replace(run / TOKENIZER, tokenizer.to_json())
     replace(run / INPUTS, spec.model_dump_json(indent=1))
     replace(run / CONFIG, to_yaml(experiment))
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all. Raises UserError when it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path.parent):
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
-        except OSError:
-            with contextlib.suppress(OSError):  # what keeps it from being written
-                partial.unlink(missing_ok=True)
-            raise
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mmfm_jax.errors import UserError
+from mmfm_jax.files import open_own
 from mmfm_jax.train.place import LOCK
 
 
@@ -42,7 +43,10 @@ class RunLock:
     def _try(self) -> str | None:
         """None where the lock was taken, else who holds it."""
         self._run.mkdir(parents=True, exist_ok=True)
-        file = os.open(self._run / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            file = open_own(self._run / LOCK, os.O_RDWR)
+        except OSError as error:
+            raise UserError(f"{self._run / LOCK}: cannot be written: {error.strerror or error}; remove it") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -25,6 +25,7 @@ from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.parallel.processes import meet
+from mmfm_jax.screen import make_console
 from mmfm_jax.train import folder
 from mmfm_jax.train.batches import Batches
 from mmfm_jax.train.checkpoint import Checkpoints
@@ -76,7 +77,7 @@ def train(
     """
     run = checked(run)
     with folder.writing(run):
-        return _train(experiment, run, console or Console(), clock or Clock(), stopping)
+        return _train(experiment, run, console or make_console(), clock or Clock(), stopping)
 
 
 def _train(experiment: Experiment, run: Path, console: Console, clock: Clock, stopping: StopSignal | None) -> Outcome:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from mmfm_jax.errors import UserError
+from mmfm_jax.files import PARTIAL
 
 CONFIG, INPUTS, TOKENIZER, LOCK = "config.yaml", "inputs.json", "tokenizer.json", ".lock"
 VERSIONS = "versions.json"
@@ -62,4 +63,4 @@ def check_free(run: Path) -> None:
 def _only_leftovers(run: Path) -> bool:
     """Whether a start that was cut off wrote all there is."""
     ours = {TOKENIZER, INPUTS, LOCK, VERSIONS}
-    return all(path.name in ours or path.name.endswith(".partial") for path in run.iterdir())
+    return all(path.name in ours or path.name.endswith(PARTIAL) for path in run.iterdir())

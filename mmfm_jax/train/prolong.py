@@ -8,11 +8,11 @@ its own within the folder.
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment
+from mmfm_jax.files import refuse_links, replace
 from mmfm_jax.train import folder
 from mmfm_jax.train.checkpoint import CHECKPOINTS
 from mmfm_jax.train.optimizer import constant_until, warmup_of
@@ -52,8 +52,9 @@ def set_decay_aside(run: Path, held: Experiment, asked: Experiment) -> None:
     aside = run / f"steps-{before}"
     if decayed:
         (aside / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        refuse_links(aside)
         for name in (folder.TOKENIZER, folder.INPUTS, folder.CONFIG):
-            shutil.copyfile(run / name, aside / name)
+            replace(aside / name, (run / name).read_bytes())
     for step in decayed:
         os.rename(run / CHECKPOINTS / str(step), aside / CHECKPOINTS / str(step))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from mmfm_jax.train import folder, goodput
+from mmfm_jax.files import open_own, replace
+from mmfm_jax.train import goodput
 from mmfm_jax.train.clock import Clock
 from mmfm_jax.train.lines import Lines, told
 
@@ -107,9 +109,9 @@ class Telemetry:
         seconds = goodput.between(lines, self._first, started) | self._ledger.take("init")
         kept = [text for text, line in zip(texts, lines) if line["step"] <= self._first]
         self._spent = goodput.spent(line for line in lines if line["step"] <= self._first)
-        folder.replace(path, "".join(kept) + _line(self._first, {"start": self._starts}, seconds))
+        replace(path, "".join(kept) + _line(self._first, {"start": self._starts}, seconds))
         self._spent = goodput.total(self._spent, seconds)
-        self._file = path.open("a")
+        self._file = os.fdopen(open_own(path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8")
 
 
 def _line(step: int, metrics: dict[str, float], seconds: dict[str, float], **more: str) -> str:

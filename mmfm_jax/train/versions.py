@@ -11,7 +11,7 @@ from typing import Any
 
 from mmfm_jax import __version__
 from mmfm_jax.data.store.studies import Studies
-from mmfm_jax.train import folder
+from mmfm_jax.files import replace
 from mmfm_jax.train.place import VERSIONS
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
@@ -37,7 +37,7 @@ def record(run: Path, now: Versions) -> None:
     entries = _read(run)
     if not entries or _without_time(entries[-1]) != now:
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        folder.replace(run / VERSIONS, json.dumps([*entries, {"since": since} | now], indent=1) + "\n")
+        replace(run / VERSIONS, json.dumps([*entries, {"since": since} | now], indent=1) + "\n")
 
 
 def changed(run: Path, now: Versions) -> list[str]:

@@ -10,6 +10,7 @@ still, and only the first process reads.
 from __future__ import annotations
 
 import faulthandler
+import os
 import re
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import jax
 
+from mmfm_jax.files import open_own
 from mmfm_jax.train.clock import Clock
 
 STALLS = "stalls"
@@ -126,10 +128,11 @@ class Watchdog:
             stacks = re.sub(r'File "([^"]*)"', lambda found: f'File "{_within_path(found[1])}"', file.read())
         try:
             (self._run / STALLS).mkdir(exist_ok=True)
-            with (self._run / STALLS / f"process-{self._process}.txt").open("a") as file:
+            path = self._run / STALLS / f"process-{self._process}.txt"
+            with os.fdopen(open_own(path, os.O_WRONLY | os.O_APPEND), "a") as file:
                 file.write(f"After step {self._ended}, in {self._clock.activity}:\n{stacks}\n")
         except OSError as error:  # a file system that is gone may be why nothing moves; the line still goes out
-            self._tell(f"{self._run / STALLS}: the stacks could not be written ({error.strerror}).")
+            self._tell(f"{self._run / STALLS}: the stacks could not be written ({error.strerror or error}).")
 
 
 def blamed(earlier: dict[int, Report], now: dict[int, Report], processes: int) -> str:

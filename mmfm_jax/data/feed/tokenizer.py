@@ -9,11 +9,14 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from mmfm_jax.data.feed.tokenizer_file import check_described
 from mmfm_jax.data.parts import PAD
 from mmfm_jax.errors import UserError
 
 _PAD_TOKENS, _MASK_TOKENS = ("[PAD]", "<pad>"), ("[MASK]", "<mask>")
 _START_TOKEN = "[START]"
+_MOST_CHARACTERS = 256 * 2**20
+_MOST_GAPS = 4096  # ids without an entry
 _SPECIAL = [_PAD_TOKENS[0], _MASK_TOKENS[0], _START_TOKEN]  # in the order of their ids, from 0
 
 
@@ -69,7 +72,8 @@ class Tokenizer:
         token does not have id 0.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            with Path(path).open(encoding="utf-8") as file:
+                text = file.read(_MOST_CHARACTERS + 1)
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be read ({error.strerror}); give the path of a Hugging Face tokenizer.json"
@@ -81,6 +85,7 @@ class Tokenizer:
     @classmethod
     def from_json(cls, text: str, source: str = "tokenizer.json") -> Tokenizer:
         """The inverse of `to_json`; raises what `load` raises, with `source` named in the error."""
+        check_described(text, source)
         try:
             tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing narrower
@@ -98,6 +103,12 @@ class Tokenizer:
             raise UserError(
                 f"{source}: there is no mask token ({' or '.join(_MASK_TOKENS)}); "
                 "add one to the tokenizer, or leave data.tokenizer out to train one"
+            )
+        vocabulary = tokenizer.get_vocab()
+        if max(vocabulary.values()) > 2 * len(vocabulary) + _MOST_GAPS:
+            raise UserError(
+                f"{source}: has {len(vocabulary):,} entries and an id of {max(vocabulary.values()):,}, up to which a "
+                "model would hold embeddings; use another tokenizer"
             )
         # A saved tokenizer may cut, pad or trust what is typed; here the caller's length rules, and text is only text.
         tokenizer.no_truncation()

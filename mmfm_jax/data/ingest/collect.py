@@ -12,6 +12,7 @@ from mmfm_jax.data.ingest.dataset import Dataset
 from mmfm_jax.data.ingest.events import STUDY_TIME_TAGS
 from mmfm_jax.data.ingest.inputs import Files, Input, look_at, pattern
 from mmfm_jax.data.ingest.ledger import Ledger
+from mmfm_jax.data.ingest.patterns import fullmatch
 from mmfm_jax.data.ingest.series import IMAGES, Candidate, Owner, owner_in_path
 from mmfm_jax.data.ingest.studies import TEXTS, TableRow, TextFile
 from mmfm_jax.data.readers.fhir import People, people, rows
@@ -89,7 +90,7 @@ def collect(dataset: Dataset, described_in: Path, root: Path, ledger: Ledger) ->
     for name, role in [*dataset.images.items(), *dataset.masks.items()]:
         patterns = [pattern(glob) for glob in role.files]
         for path, one in files.by_path.items():
-            if any(p.match(path) for p in patterns):
+            if any(fullmatch(p, path) for p in patterns):
                 _ask(found, one, name, None, ledger)
     _texts(dataset, found, files, ledger)
     for path, one in files.by_path.items():  # a folder that is not entered may hold inputs: say so
@@ -174,7 +175,7 @@ def _matching(globs: Iterable[str], source: str, found: Collected, files: Files,
     """The files that match any of the patterns and may be opened; the others are refused."""
     patterns, held = [pattern(glob) for glob in globs], []
     for path, one in files.by_path.items():
-        if any(p.match(path) for p in patterns):
+        if any(fullmatch(p, path) for p in patterns):
             found.states.append(one.state)
             if one.refused is not None:
                 ledger.refuse(source, path, one.refused)
@@ -203,7 +204,7 @@ def _columns(dataset: Dataset, name: str) -> list[str]:
 def _texts(dataset: Dataset, found: Collected, files: Files, ledger: Ledger) -> None:
     asking = {name: [pattern(glob) for glob in text.files] for name, text in dataset.texts.items() if text.files}
     for path, one in files.by_path.items():
-        names = [name for name, patterns in asking.items() if any(p.match(path) for p in patterns)]
+        names = [name for name, patterns in asking.items() if any(fullmatch(p, path) for p in patterns)]
         if not names:
             continue
         ledger.count(TEXTS, path)

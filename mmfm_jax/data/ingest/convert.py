@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from mmfm_jax.data.readers.legend import Legend
 from mmfm_jax.data.readers.masks import MaskSource, read_mask
 from mmfm_jax.data.refuse import Refused
 from mmfm_jax.data.study import Image
+from mmfm_jax.files import written
 
 
 @dataclass(frozen=True)
@@ -109,10 +108,8 @@ def _of_mask(out: Path, name: str) -> Path:
 
 
 def _put(path: Path, write: Callable[[Any], object]) -> None:
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # a lost machine may still write its own
-    with partial.open("wb") as file:
+    with written(path) as file:
         write(file)
-    os.replace(partial, path)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ identifier: those that are named serve to join and to find names in reports, and
 
 from __future__ import annotations
 
-import re
 from math import isclose
 from typing import Annotated, Any, Literal
 
@@ -14,6 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from mmfm_jax.config.base import Config
 from mmfm_jax.data.ingest.event_fields import EventSource, FromEvents
+from mmfm_jax.data.ingest.patterns import compiles
 from mmfm_jax.data.ingest.table_fields import FHIR_COLUMNS, FromTable, Patterns, Table
 from mmfm_jax.data.split import FRACTIONS
 
@@ -37,13 +37,8 @@ class Files(Config):
     @field_validator("path")
     @classmethod
     def _has_patient(cls, value: str) -> str:
-        if value:
-            try:
-                groups = re.compile(value).groupindex
-            except re.error as error:
-                raise ValueError(f"is not a regular expression: {error}") from error
-            if "patient" not in groups:
-                raise ValueError("has no group for the patient; write (?P<patient>...) around it")
+        if value and "patient" not in compiles(value).groupindex:
+            raise ValueError("has no group for the patient; write (?P<patient>...) around it")
         return value
 
 
@@ -84,10 +79,7 @@ class ImageRole(Files):
     @field_validator("series_description")
     @classmethod
     def _regular(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"is not a regular expression: {error}") from error
+        compiles(value)
         return value
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.progress import Progress
 
+from mmfm_jax.data import parquet
 from mmfm_jax.data.deid.identifiers import Hider
 from mmfm_jax.data.ingest.convert import Conversion, Converted, MaskOf, convert, converted
 from mmfm_jax.data.ingest.dataset import Dataset
@@ -30,6 +31,10 @@ from mmfm_jax.errors import UserError
 
 VERSION = 2
 """Of what ingest makes of the same input: raise it when readers or rules change, so that nothing old is kept."""
+
+
+_SERIES = pa.schema([("row", pa.int64()), ("role", pa.string()), ("series", pa.string())])
+_MOST_BYTES = 4 * 2**30
 
 
 class Images:
@@ -158,14 +163,16 @@ class Images:
             for role in study.images
             if (study.owner, role) not in self._lost
         ]
-        schema = pa.schema([("row", pa.int64()), ("role", pa.string()), ("series", pa.string())])
         sink = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(held, schema=schema), sink, compression="zstd")
+        pq.write_table(pa.Table.from_pylist(held, schema=_SERIES), sink, compression="zstd")
         return sink.getvalue()
 
 
 def _old_series(store: StudyStore) -> dict[str, int]:
     """Rows by keyed hash."""
     data = store.beside("series.parquet")
-    rows = pq.read_table(pa.BufferReader(data)).to_pylist() if data else []
+    try:
+        rows = parquet.read(data, _SERIES, most=_MOST_BYTES).to_pylist() if data else []
+    except ValueError as error:
+        raise UserError(f"{store.url}/series.parquet: is damaged; build the store again at another place") from error
     return {row["series"]: row["row"] for row in rows}

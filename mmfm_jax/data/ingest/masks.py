@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
+from mmfm_jax.data.ingest import patterns
 from mmfm_jax.data.ingest.dataset import Dataset
 from mmfm_jax.data.ingest.inputs import Input
 from mmfm_jax.data.ingest.ledger import Ledger
@@ -97,7 +97,7 @@ def apart(
 
 
 def _segment(pattern: str, path: str) -> str:
-    found = re.fullmatch(pattern, path) if pattern else None
+    found = patterns.fullmatch(pattern, path) if pattern else None
     return (found.groupdict().get("segment") or "") if found else ""
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from mmfm_jax.data.store.format import local_folder, open_kvstore, read_store_file
@@ -53,16 +56,28 @@ def check_old(old: StudyStore, splits: Mapping[str, str], out: str) -> None:
 
 
 def work_folder(out: str, work: Path | None) -> Path:
+    """A folder of ours that nobody else may enter, beside the store or in `work`; one that a killed run left, again.
+
+    Raises UserError when it cannot be made, or is a link or of another user.
+    """
     folder = local_folder(out)
-    if work is None:
-        if folder is None:
-            raise UserError(f"{out}: is not a folder, so name one for converted images with --work")
-        work = folder.with_name(f".{folder.name}.ingest")
+    if work is not None:
+        place = work / f".{hashlib.sha256(out.encode()).hexdigest()[:16]}.ingest"
+    elif folder is not None:
+        place = folder.with_name(f".{folder.name}.ingest")
+    else:
+        raise UserError(f"{out}: is not a folder, so name one for converted images with --work")
     try:
-        work.mkdir(parents=True, exist_ok=True, mode=0o700)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            place.mkdir(mode=0o700)
+        held = place.lstat()
+        if not stat.S_ISDIR(held.st_mode) or held.st_uid != os.geteuid():
+            raise UserError(f"{place}: is a link or of another user; remove it, or name another folder with --work")
+        place.chmod(0o700)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
-    return work
+        raise UserError(f"{place}: cannot be written: {error.strerror or error}") from error
+    return place
 
 
 def write(
@@ -74,7 +89,7 @@ def write(
     source: dict[str, str],
     beside: dict[str, bytes],
 ) -> None:
-    """Writes the store; one that is added to is replaced when the new one is whole."""
+    """Writes the store; one that is added to is replaced when the new one is whole, which has its rights."""
     if old is None:
         write_store(out, schema, studies, description=description, source=source, beside=beside)
         return
@@ -82,6 +97,7 @@ def write(
     assert folder is not None
     after, before = _neighbours(folder)
     write_store(str(after), schema, studies, description=description, source=source, beside=beside)
+    after.chmod(stat.S_IMODE(folder.stat().st_mode))
     os.rename(folder, before)
     os.rename(after, folder)
     shutil.rmtree(before)
@@ -95,7 +111,9 @@ def _neighbours(folder: Path) -> tuple[Path, Path]:
 def _recover(folder: Path) -> None:
     """Ends a change of places that was broken off."""
     after, before = _neighbours(folder)
-    if before.exists() and not folder.exists():
+    if before.is_dir() and not before.is_symlink() and not folder.exists():
         os.rename(after if after.exists() else before, folder)
     for leftover in (after, before):
+        if leftover.is_symlink():
+            leftover.unlink()
         shutil.rmtree(leftover, ignore_errors=True)

@@ -17,6 +17,7 @@ from mmfm_jax.data.refuse import from_parquet
 from mmfm_jax.data.split import fingerprint
 from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.errors import UserError
+from mmfm_jax.screen import plain, printable
 
 
 def summary(outcome: Outcome) -> RenderableType:
@@ -26,7 +27,7 @@ def summary(outcome: Outcome) -> RenderableType:
     for column in ("found", "taken", "refused"):
         inputs.add_column(column, justify="right")
     for source, counts in outcome.counts.items():
-        inputs.add_row(source, *_numbers(counts))
+        inputs.add_row(plain(source), *_numbers(counts))
     every = outcome.counts.values()
     total = Counts(sum(c.inputs for c in every), sum(c.taken for c in every), sum(c.refused for c in every))
     inputs.add_row("together", *_numbers(total), style="bold")
@@ -38,7 +39,7 @@ def summary(outcome: Outcome) -> RenderableType:
     reasons.add_column("how many", justify="right")
     for reject, count in by_reason(outcome.rejects):
         what = f"{reject.source}: {reject.part}" if reject.part else reject.source
-        reasons.add_row(what, reject.reason, reject.mend, f"{count:,}")
+        reasons.add_row(plain(what), reject.reason, reject.mend, f"{count:,}")
     return Group(inputs, "", reasons, "", "`mmfm rejects STORE DATASET` names the files.")
 
 
@@ -70,8 +71,12 @@ def named(store_url: str, described_in: Path) -> Iterator[str]:
     hider = Hider(key)
     paths = {hider.file(path): path for path in Files(root_of(dataset, described_in)).by_path}
     paths |= {hider.file(table.file): table.file for table in dataset.tables.values()}
-    for reject in from_parquet(data):
+    try:
+        rejects = from_parquet(data)
+    except ValueError as error:
+        raise UserError(f"{store_url}/rejects.parquet: is damaged; copy the store again or build it again") from error
+    for reject in rejects:
         path = ascii(paths.get(reject.file, "(a file that is not there any more)"))[1:-1]
         row = f" row {reject.row}" if reject.row else ""
         part = f" {reject.part}" if reject.part else ""
-        yield f"{path}{row}:{part} {reject.reason}: {reject.detail}; {reject.mend}"
+        yield printable(f"{path}{row}:{part} {reject.reason}: {reject.detail}; {reject.mend}")

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.progress import Progress
 
@@ -234,9 +235,11 @@ def _kept(
 
 
 def _of_store(store: StudyStore) -> Outcome:
-    counts = json.loads(store.beside("inputs.json") or b"{}")
-    rejects = from_parquet(store.beside("rejects.parquet") or to_parquet([]))
-    return Outcome({name: Counts(**held) for name, held in counts.items()}, rejects, False)
+    try:
+        counts = TypeAdapter(dict[str, Counts]).validate_json(store.beside("inputs.json") or b"{}")
+        return Outcome(counts, from_parquet(store.beside("rejects.parquet") or to_parquet([])), False)
+    except ValueError as error:
+        raise UserError(f"{store.url}: its account of inputs is damaged; build it again at another place") from error
 
 
 def _why(ledger: Ledger) -> str:

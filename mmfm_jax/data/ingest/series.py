@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mmfm_jax.data.ingest import patterns
 from mmfm_jax.data.ingest.dataset import Dataset, Files, ImageRole
 from mmfm_jax.data.ingest.inputs import Input
 from mmfm_jax.data.ingest.ledger import Ledger
@@ -120,7 +120,7 @@ def _fits(role: ImageRole, header: Header | None) -> bool:
         return True
     if role.modality and header.modality != role.modality.upper():
         return False
-    return not role.series_description or re.search(role.series_description, header.description) is not None
+    return not role.series_description or patterns.search(role.series_description, header.description) is not None
 
 
 def owner_of(name: str, role: Files, study_tag: str, candidate: Candidate) -> Owner:
@@ -137,7 +137,7 @@ def owner_of(name: str, role: Files, study_tag: str, candidate: Candidate) -> Ow
 
 def owner_in_path(pattern: str, path: str) -> Owner:
     """Patient and study in a path. Raises Refused when the pattern does not match the whole path."""
-    found = re.fullmatch(pattern, path)
+    found = patterns.fullmatch(pattern, path)
     if found is None or not found.group("patient"):
         raise Refused("no_patient", "its path does not match the `path` pattern")
     return found.group("patient"), (found.groupdict().get("study") or "")

@@ -11,12 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from mmfm_jax.page import COLOURS, STYLE, empty_figure
+from mmfm_jax.page import COLOURS, STYLE, drawn, empty_figure
 
 _ACROSS = 4
 _MOST_PATTERNS = 16
 _MOST_WORDS = 12
 _MANY = 400
+_MOST_DRAWN = 1e15
 
 
 def histograms(by_name: Mapping[str, Mapping[str, np.ndarray]], axis: Mapping[str, str], of: str) -> Figure:
@@ -30,6 +31,9 @@ def histograms(by_name: Mapping[str, Mapping[str, np.ndarray]], axis: Mapping[st
         values = by_name[name]
         every = np.concatenate(list(values.values()))
         low, high = np.percentile(every, [0.5, 99.5] if len(every) >= _MANY else [0, 100])
+        if not np.abs(every).max() < _MOST_DRAWN:
+            axes.set_title(f"{drawn(name)} (too large to draw)", fontsize=8.5)
+            return
         whole = all((v == np.round(v)).all() for v in values.values())
         if whole and high - low <= 30:
             bins = np.arange(math.floor(low), math.ceil(high) + 2) - 0.5
@@ -37,10 +41,14 @@ def histograms(by_name: Mapping[str, Mapping[str, np.ndarray]], axis: Mapping[st
             bins = np.linspace(low, high if high > low else low + 1, 25)
         beyond = sum(int(((v < bins[0]) | (v > bins[-1])).sum()) for v in values.values())
         axes.hist(
-            list(values.values()), bins=bins.tolist(), stacked=True, color=COLOURS[: len(values)], label=list(values)
+            list(values.values()),
+            bins=bins.tolist(),
+            stacked=True,
+            color=COLOURS[: len(values)],
+            label=[drawn(split) for split in values],
         )
-        axes.set_title(f"{name}{f' ({beyond:,} beyond)' if beyond else ''}", fontsize=8.5)
-        axes.set_xlabel(axis[name], fontsize=7.5)
+        axes.set_title(f"{drawn(name)}{f' ({beyond:,} beyond)' if beyond else ''}", fontsize=8.5)
+        axes.set_xlabel(drawn(axis[name]), fontsize=7.5)
 
     splits = list(dict.fromkeys(split for values in by_name.values() for split in values))
     return _panels(list(by_name), draw, of, splits)
@@ -56,11 +64,11 @@ def bars(counts: Mapping[str, Mapping[str, int]]) -> Figure:
             held = {word: held[word] for word in kept} | {
                 f"{len(held) - len(kept)} others": sum(n for word, n in held.items() if word not in kept)
             }
-        words = [word if len(word) <= 22 else f"{word[:21]}\u2026" for word in held]
+        words = [word if len(word) <= 22 else f"{word[:21]}\u2026" for word in map(drawn, held)]
         axes.barh(range(len(held)), list(held.values()), color=COLOURS[0])
         axes.set_yticks(range(len(held)), words)
         axes.invert_yaxis()
-        axes.set_title(name, fontsize=8.5)
+        axes.set_title(drawn(name), fontsize=8.5)
 
     return _panels(list(counts), draw, "", [], across=3)
 
@@ -78,7 +86,9 @@ def missing(present: Mapping[str, np.ndarray]) -> Figure:
         figure = empty_figure(min(12, 2.6 + 0.42 * len(present)), 1.9 + 0.21 * len(patterns))
         axes = figure.add_subplot()
         axes.imshow(np.where(patterns, 0.35, 0.93), cmap="gray", vmin=0, vmax=1, aspect="auto")
-        axes.set_xticks(np.arange(len(present)), [f"{name}  {held[:, i].mean():.0%}" for i, name in enumerate(present)])
+        axes.set_xticks(
+            np.arange(len(present)), [f"{drawn(name)}  {held[:, i].mean():.0%}" for i, name in enumerate(present)]
+        )
         axes.tick_params(axis="x", rotation=60, top=True, labeltop=True, bottom=False, labelbottom=False, labelsize=8)
         for label in axes.get_xticklabels():
             label.set(ha="left", rotation_mode="anchor")
@@ -106,6 +116,6 @@ def _panels(
             if place % across == 1:
                 axes.set_ylabel(of, fontsize=7.5)
         if len(legend) > 1:
-            patches = [Patch(color=colour, label=name) for name, colour in zip(legend, COLOURS)]
+            patches = [Patch(color=colour, label=drawn(name)) for name, colour in zip(legend, COLOURS)]
             figure.legend(handles=patches, loc="outside upper left", ncols=len(legend), fontsize=8)
         return figure

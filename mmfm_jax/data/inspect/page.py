@@ -6,14 +6,13 @@ where the store is kept.
 
 from __future__ import annotations
 
-import html
-import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 from mmfm_jax.data.inspect import figures
 from mmfm_jax.data.inspect.slices import Slice, scaled_slice
@@ -21,28 +20,29 @@ from mmfm_jax.data.inspect.survey import Survey, pictures, reject_counts, survey
 from mmfm_jax.data.store.format import local_folder
 from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.errors import UserError
-from mmfm_jax.page import document, image, note, side_by_side, table
+from mmfm_jax.files import replace
+from mmfm_jax.page import document, escaped, image, note, side_by_side, table
 
 NAME = "inspect.html"
+_INPUTS = TypeAdapter(dict[str, dict[Literal["inputs", "taken", "refused"], NonNegativeInt]])
 _PANELS = 24
 """Columns that get a panel; a store of more is a table, not a picture."""
 
 
 def write_page(store: StudyStore, out: Path | None) -> Path:
-    """Writes the page to `out`: by default into the store's folder, or, where that is none or may not be written,
-    into the working directory. Returns where it is. Raises UserError when it cannot be written."""
+    """Writes the page to `out`, for its owner alone: by default into the store's folder, or, where that is none of
+    this user's or may not be written, into the working directory. Returns where it is.
+
+    Raises UserError when it cannot be written."""
     if out is None:
         folder = local_folder(store.url)
-        out = (folder if folder is not None and os.access(folder, os.W_OK) else Path()) / NAME
-    page, partial = render(store), out.with_name(f".{out.name}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, out)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}; name another file with --out") from error
+        out = (folder if folder is not None and _is_ours(folder) else Path()) / NAME
+    replace(out, render(store), private=True, mend="name another file with --out")
     return out
+
+
+def _is_ours(folder: Path) -> bool:
+    return folder.stat().st_uid == os.geteuid() and os.access(folder, os.W_OK)
 
 
 def render(store: StudyStore) -> str:
@@ -110,11 +110,12 @@ def _images(store: StudyStore, found: Survey) -> Iterator[str]:
         "the left, as far as their files said where they lie. Images of one slice are shown as stored."
     )
     for role, spec in store.schema.images.items():
-        yield f"<h3>{html.escape(role)}</h3>"
+        yield f"<h3>{escaped(role)}</h3>"
         words = f"{spec.description} " if spec.description else ""
         yield note(f"{words}{spec.dtype}, {spec.channels} channel{'s' * (spec.channels > 1)}.")
         if len(found.shape[role]):
-            yield _montage(pictures(store, found.having(role), role))
+            if shown := pictures(store, found.having(role), role):
+                yield _montage(shown)
             yield _geometry(found.shape[role], found.spacing_mm[role])
         if percentiles := store.stats.images[role].percentiles:
             yield note("Intensity of the train split, by percentile:")
@@ -204,13 +205,16 @@ def _missing(store: StudyStore, found: Survey) -> Iterator[str]:
 
 
 def _left_out(store: StudyStore, found: Survey) -> Iterator[str]:
-    counts = json.loads(store.beside("inputs.json") or b"{}")
+    try:
+        counts = _INPUTS.validate_json(store.beside("inputs.json") or b"{}")
+    except ValidationError as error:
+        raise UserError(f"{store.url}/inputs.json: is damaged; copy the store again or build it again") from error
     if not counts:
         return
     yield "<h2>What ingest took and left out</h2>"
     yield table(
         ("inputs", "found", "taken", "refused"),
-        [(source, *(f"{held[k]:,}" for k in ("inputs", "taken", "refused"))) for source, held in counts.items()],
+        [(source, *(f"{held.get(k, 0):,}" for k in ("inputs", "taken", "refused"))) for source, held in counts.items()],
     )
     rejects = reject_counts(store)
     if not rejects:

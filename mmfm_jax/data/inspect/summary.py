@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from mmfm_jax.data.store.study_store import StudyStore
+from mmfm_jax.screen import plain, printable
 
 
 def summary(store: StudyStore) -> RenderableType:
@@ -15,13 +15,14 @@ def summary(store: StudyStore) -> RenderableType:
     Ranges, means and percentiles are those of the train split, as models are given them.
     """
     file = store.file
-    head = Text(f"{store.url}\n", style="bold")
+    head = plain(f"{store.url}\n", "bold")
     head.append(f"{len(store):,} studies, format version {file.format_version}", style="not bold")
     for name, value in file.source.items():
-        head.append(f"\n{name.replace('_', ' ')}: {value}", style="not bold")
+        told = f"{name.replace('_', ' ')}: {value}"
+        head.append(f"\n{printable(told)}", style="not bold")
     parts: list[RenderableType] = [head]
     if file.description:
-        parts.append(Text(f"\n{file.description}"))
+        parts.append(plain(f"\n{file.description}"))
     tables = [_splits(store), _images(store), _texts(store), _numbers(store), _categories(store), _labels(store)]
     tables.append(_masks(store))
     return Group(*parts, *(table for table in tables if table.row_count))
@@ -31,8 +32,12 @@ def _table(title: str, *columns: str) -> Table:
     """The first column is text, the others are numbers."""
     table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=not i)
+        table.add_column(plain(column), justify="right" if i else "left", no_wrap=not i)
     return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    table.add_row(*map(plain, cells))
 
 
 def _splits(store: StudyStore) -> Table:
@@ -52,7 +57,7 @@ def _splits(store: StudyStore) -> Table:
             *(counts.texts.get(t, 0) for t in store.schema.texts),
             *(counts.masks.get(m, 0) for m in store.schema.masks),
         ]
-        table.add_row(split, *(f"{n:,}" for n in (counts.patients, counts.studies, *held)))
+        _add(table, split, *(f"{n:,}" for n in (counts.patients, counts.studies, *held)))
     return table
 
 
@@ -63,7 +68,7 @@ def _images(store: StudyStore) -> Table:
         shape = _extent(spec.shape) if spec.shape else f"{_extent(stats.shape_median)} (median)"
         percentiles = [f"{stats.percentiles[p]:g}" if stats.percentiles else "" for p in ("1", "99", "100")]
         spacing = _extent(stats.spacing_mm_median) if stats.volumes else ""
-        table.add_row(role, spec.dtype, str(spec.channels), shape, spacing, *percentiles)
+        _add(table, role, spec.dtype, str(spec.channels), shape, spacing, *percentiles)
     return table
 
 
@@ -71,7 +76,7 @@ def _texts(store: StudyStore) -> Table:
     table = _table("Texts", "field", "studies", "texts", "words, mean", "words, most")
     for name in store.schema.texts:
         stats = store.stats.texts[name]
-        table.add_row(name, f"{stats.studies:,}", f"{stats.texts:,}", f"{stats.words_mean:.1f}", str(stats.words_max))
+        _add(table, name, f"{stats.studies:,}", f"{stats.texts:,}", f"{stats.words_mean:.1f}", str(stats.words_max))
     return table
 
 
@@ -79,7 +84,7 @@ def _numbers(store: StudyStore) -> Table:
     table = _table("Numbers", "column", "unit", "mean", "sd", "lowest", "highest", "missing")
     for name, stats in store.stats.numbers.items():
         values = (f"{value:.4g}" for value in (stats.mean, stats.sd, stats.low, stats.high))
-        table.add_row(name, store.schema.columns[name].unit, *values, f"{stats.missing:,}")
+        _add(table, name, store.schema.columns[name].unit, *values, f"{stats.missing:,}")
     return table
 
 
@@ -87,7 +92,7 @@ def _categories(store: StudyStore) -> Table:
     table = _table("Categories", "column", "value", "studies")
     for name, stats in store.stats.categories.items():
         for value, count in [*stats.counts.items(), ("missing", stats.missing)]:
-            table.add_row(name, value, f"{count:,}")
+            _add(table, name, value, f"{count:,}")
     return table
 
 
@@ -96,9 +101,9 @@ def _labels(store: StudyStore) -> Table:
     for name, label in store.schema.labels.items():
         for value in label.classes:
             held = [counts.labels.get(name, {}).get(value, 0) for counts in store.counts.values()]
-            table.add_row(name, value, *(f"{n:,}" for n in held))
+            _add(table, name, value, *(f"{n:,}" for n in held))
         left = [c.studies - sum(c.labels.get(name, {}).values()) for c in store.counts.values()]
-        table.add_row("", "unlabelled", *(f"{n:,}" for n in left))
+        _add(table, "", "unlabelled", *(f"{n:,}" for n in left))
     return table
 
 
@@ -108,7 +113,7 @@ def _masks(store: StudyStore) -> Table:
         stats = store.stats.masks[name]
         for value in spec.classes:
             mean = stats.voxels[value] / max(1, stats.volumes[value])
-            table.add_row(name, spec.image, value, f"{stats.volumes[value]:,} of {stats.masks:,}", f"{mean:,.0f}")
+            _add(table, name, spec.image, value, f"{stats.volumes[value]:,} of {stats.masks:,}", f"{mean:,.0f}")
     return table
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from mmfm_jax.data import parquet
 from mmfm_jax.data.inspect.slices import Slice
+from mmfm_jax.data.refuse import SCHEMA as REJECTS
 from mmfm_jax.data.store.study_store import StudyStore
+from mmfm_jax.errors import UserError
 
 GROUPS = 256
 """Row groups of 256 studies that are looked at: all of a store of up to 65,536 studies."""
 PICTURES = 16
 _PICTURE_PIXELS = 192
+_MOST_VOXELS = 2**27  # of a slice, with its channels
+_THINNEST = 50
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,20 @@ class Survey:
 
 
 def survey(store: StudyStore, groups: int = GROUPS) -> Survey:
-    """Reads at most `groups` row groups, each by itself; no voxel is read."""
+    """Reads at most `groups` row groups, each by itself; no voxel is read.
+
+    Raises UserError when the store does not hold what it says.
+    """
+    try:
+        return _survey(store, groups)
+    except (ValueError, TypeError, AttributeError, OverflowError, pa.ArrowException) as error:
+        raise UserError(
+            f"{store.url}: its table of studies does not hold what store.json says; copy the store again or build it "
+            "again"
+        ) from error
+
+
+def _survey(store: StudyStore, groups: int) -> Survey:
     schema = store.schema
     rows, splits = [], []
     present: dict[tuple[str, str], list[np.ndarray]] = {
@@ -105,7 +121,8 @@ def pictures(store: StudyStore, rows: np.ndarray, role: str, count: int = PICTUR
     """Middle slices of up to `count` of the studies at `rows`, spread evenly, as one looks at them.
 
     Only the chunks of that slice are read. Grey values run from the 1st to the 99th percentile of the role. Volumes are
-    turned so that the front is up and the patient's right on the left; images of one slice keep rows and columns.
+    turned so that the front is up and the patient's right on the left; images of one slice keep rows and columns. A
+    slice that is too large or too thin for a picture is left out.
     """
     percentiles = store.stats.images[role].percentiles
     made = []
@@ -113,6 +130,9 @@ def pictures(store: StudyStore, rows: np.ndarray, role: str, count: int = PICTUR
         info = store.volume_info(role, row)
         assert info is not None
         (depth, height, width), (_, y_mm, x_mm) = info
+        aspect = height * y_mm / (width * x_mm)
+        if height * width * store.schema.images[role].channels > _MOST_VOXELS or not 1 / _THINNEST < aspect < _THINNEST:
+            continue
         voxels = store.crop(role, row, (depth // 2, 0, 0), (1, height, width))[0].astype(np.float32)
         if depth > 1:
             voxels = voxels[::-1, ::-1]
@@ -134,6 +154,10 @@ def reject_counts(store: StudyStore) -> list[tuple[str, str, str, str, int]]:
     if data is None:
         return []
     keys = ["source", "part", "reason", "mend"]
-    counted = pq.read_table(io.BytesIO(data), columns=keys).group_by(keys).aggregate([([], "count_all")])
+    try:
+        read = parquet.read(data, REJECTS, keys, keep=keys).unify_dictionaries().combine_chunks()
+    except ValueError as error:
+        raise UserError(f"{store.url}/rejects.parquet: is damaged; copy the store again or build it again") from error
+    counted = read.group_by(keys).aggregate([([], "count_all")])
     held = [(*(row[key] for key in keys), row["count_all"]) for row in counted.to_pylist()]
     return sorted(held, key=lambda one: (-one[-1], *one[:-1]))

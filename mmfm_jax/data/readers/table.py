@@ -16,6 +16,7 @@ from mmfm_jax.errors import UserError
 
 Row = dict[str, str]
 _CELL_BYTES = 16 * 2**20
+_BATCH_ROWS = 256  # of Parquet, where one long word may be told to repeat
 
 
 def read_table(path: Path, name: str, columns: Iterable[str], encoding: str) -> Iterator[tuple[int, Row | Refused]]:
@@ -81,7 +82,7 @@ def _parquet(path: Path, name: str, columns: list[str]) -> Iterator[tuple[int, R
     file = pq.ParquetFile(path)
     _require(name, columns, file.schema_arrow.names)
     number = 0
-    for batch in file.iter_batches(columns=columns, batch_size=4096):
+    for batch in file.iter_batches(columns=columns, batch_size=_BATCH_ROWS):
         for row in batch.to_pylist():
             number += 1
             try:

@@ -23,6 +23,7 @@ from mmfm_jax.data.ingest.run import ingest, schema_of, source_of
 from mmfm_jax.data.store.format import local_folder, open_kvstore, read_store_file
 from mmfm_jax.data.store.writer import check_free
 from mmfm_jax.errors import UserError
+from mmfm_jax.screen import make_console
 
 _CHANGED = 946_684_800
 """Time of change of every file, 2000-01-01, so that the same sample is the same store whenever it is built."""
@@ -58,7 +59,7 @@ def build_sample(sample: Sample, out: str, key: str, console: Console | None = N
                 "give another place or remove it"
             )
         return False
-    console = console or Console(stderr=True)
+    console = console or make_console(stderr=True)
     with _source_folder(out) as folder:
         (folder / "dataset.yaml").write_text(yaml.safe_dump(sample.dataset, sort_keys=False))
         sample.write(folder, console)
@@ -90,7 +91,7 @@ def _source_folder(out: str) -> Iterator[Path]:
     folder = place.with_name(f".{place.name}.source")
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, mode=0o700)
         yield folder
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error

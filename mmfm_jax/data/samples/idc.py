@@ -32,6 +32,7 @@ from mmfm_jax.data.store.format import open_kvstore, read_store_file
 from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.data.study import ColumnSpec, LabelSpec, Schema, Study
 from mmfm_jax.errors import UserError
+from mmfm_jax.screen import make_console
 
 LEAST_OF_A_KIND = 1000
 """Series that a maker or a body part needs, to be in the vocabulary or a class."""
@@ -74,7 +75,7 @@ def build_idc(out: str, split_key: str, console: Console | None = None) -> bool:
     Memory: a part of 65,536 rows, whatever the number of series.
     Raises UserError when idc-index-data is not installed, or when `out` holds something else.
     """
-    console = console or Console(stderr=True)
+    console = console or make_console(stderr=True)
     path = _index()
     source = {
         "sample": "idc",

@@ -30,14 +30,15 @@ import json
 import os
 from math import ceil, prod
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import unquote, urlparse
 
 import tensorstore as ts
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mmfm_jax.data.store.foreground import SAMPLED
 from mmfm_jax.data.store.masks import POSITIONS
-from mmfm_jax.data.study import ImageSpec, MaskSpec, Schema
+from mmfm_jax.data.study import ImageSpec, MaskSpec, PartName, Schema
 from mmfm_jax.errors import UserError
 
 FORMAT_VERSION = 3
@@ -48,7 +49,10 @@ STACKED_CHUNK_VOXELS = 64**3
 VOLUME_CHUNK_VOXELS = 32**3  # 96^3 crops are read fastest from chunks of about this size
 CACHE_BYTES = 128 * 2**20  # of chunks and shard indices that a process keeps, unless told otherwise
 SHARD_BYTES = 64 * 2**20  # raw; also what the writer buffers of each stacked role
+JSON_BYTES = 128 * 2**20
+MOST_CHUNK_BYTES = 256 * 2**20  # decoded, of a chunk that is read: a hundred times what the writer makes
 SHARD_SAMPLES = 1024  # classes of studies whose positions share a file: 12 MB raw, and an index of 16 KiB
+_MOST_IN_SHARD = 2**22
 _CODECS = [
     {"name": "bytes", "configuration": {"endian": "little"}},
     {"name": "blosc", "configuration": {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle"}},
@@ -56,18 +60,21 @@ _CODECS = [
 ]
 
 
+Number = Annotated[int, Field(ge=0, le=10**10)]
+
+
 class SplitCounts(BaseModel):
     """How many studies of a split have each part."""
 
     model_config = ConfigDict(extra="forbid")
 
-    studies: int = 0
-    patients: int = 0
-    images: dict[str, int] = {}
-    texts: dict[str, int] = {}
-    labels: dict[str, dict[str, int]] = {}
+    studies: Number = 0
+    patients: Number = 0
+    images: dict[str, Number] = {}
+    texts: dict[str, Number] = {}
+    labels: dict[str, dict[str, Number]] = {}
     """By label, by class name."""
-    masks: dict[str, int] = {}
+    masks: dict[str, Number] = {}
 
 
 class StoreFile(BaseModel):
@@ -75,14 +82,29 @@ class StoreFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    format_version: int = FORMAT_VERSION
+    format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
     description: str = ""
     source: dict[str, str] = {}
     """What the store was built from and with which settings; holds no secret and no identifier."""
     declared: Schema = Field(validation_alias="schema", serialization_alias="schema")
-    counts: dict[str, SplitCounts]
+    counts: Annotated[dict[PartName, SplitCounts], Field(min_length=1, max_length=100)]
     files: dict[str, str]
     """SHA-256 by path, of every file but this one and volumes with an array of their own."""
+
+    @property
+    def studies(self) -> int:
+        return sum(counts.studies for counts in self.counts.values())
+
+    @model_validator(mode="after")
+    def _is_what_a_writer_says(self):
+        for path in self.files:
+            parts = path.split("/")
+            if any(p in ("", ".", "..") or p.endswith(".__lock") for p in parts) or not path.isprintable():
+                raise ValueError("files: a path leads nowhere in a store")
+        parts = -(-self.studies // PART_STUDIES)
+        if parts > len(self.files) or any(f"index.parquet/{n:05d}.parquet" not in self.files for n in range(parts)):
+            raise ValueError("counts: there are not the tables of so many studies")
+        return self
 
 
 def context(cache_bytes: int = CACHE_BYTES) -> ts.Context:
@@ -140,23 +162,46 @@ def read_store_file(kvstore: ts.KvStore, url: str) -> StoreFile | None:
 
     Raises UserError when it is of a newer format, corrupt or out of reach.
     """
-    try:
-        found = kvstore.read("store.json").result()
-    except ValueError as error:
-        raise UserError(f"{url}: cannot be read: {error}") from error
-    if found.state == "missing":
+    data = read_file(kvstore, url, "store.json", JSON_BYTES)
+    if data is None:
         return None
     try:
-        raw = json.loads(found.value)
+        raw = json.loads(data)
         version = raw["format_version"]
-        if version > FORMAT_VERSION:
+        if isinstance(version, int) and FORMAT_VERSION < version < 10**6:
             raise UserError(
                 f"{url}/store.json: has format version {version} and this release reads up to {FORMAT_VERSION}; "
                 "upgrade mmfm_jax or build the store again"
             )
         return StoreFile.model_validate(raw)
-    except (ValidationError, ValueError, KeyError, TypeError) as error:
+    except (ValidationError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{url}/store.json: is not a valid store description; build the store again") from error
+
+
+def read_file(kvstore: ts.KvStore, url: str, name: str, most: int) -> bytes | None:
+    """A file of a store, or None when there is none; `url` is named in errors.
+
+    Raises UserError when it cannot be read, is a pipe or a device, or has more than `most` bytes.
+    """
+    folder = local_folder(url)
+    if folder is not None and (folder / name).exists() and not (folder / name).is_file():
+        raise UserError(f"{url}/{name}: is no file; copy the store again or build it again")
+    try:
+        if _has_more(kvstore, folder, name, most):
+            raise UserError(f"{url}/{name}: has more than {most:,} bytes, which no store of ours has; do not trust it")
+        found = kvstore.read(name).result()
+    except (ValueError, OSError) as error:
+        raise UserError(f"{url}: cannot be read: {error}") from error
+    return None if found.state == "missing" else found.value
+
+
+def _has_more(kvstore: ts.KvStore, folder: Path | None, name: str, most: int) -> bool:
+    if folder is not None:
+        return (folder / name).is_file() and (folder / name).stat().st_size > most
+    try:
+        return bool(kvstore.read(name, byte_range=slice(most, most + 1)).result().value)
+    except ValueError:  # it ends before that, or cannot be read at all, as the whole will say
+        return False
 
 
 def chunk_shape(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
@@ -188,6 +233,17 @@ def array_spec(kvstore: ts.KvStore, path: str) -> dict:
         "recheck_cached_metadata": False,
         "recheck_cached_data": False,
     }
+
+
+def check_array(array: ts.TensorStore) -> None:
+    """Raises ValueError for an array that the writer would not have made, before a chunk of it is decoded."""
+    chain = [codec["name"] for codec in array.spec().to_json()["metadata"]["codecs"]]
+    inner = array.codec.to_json()["codecs"][0].get("configuration", {}).get("codecs", [])
+    if chain != ["sharding_indexed"] or [codec["name"] for codec in inner] != [codec["name"] for codec in _CODECS]:
+        raise ValueError("its chunks are not coded as ours")
+    chunk, shard = (prod(grid.shape) for grid in (array.chunk_layout.read_chunk, array.chunk_layout.write_chunk))
+    if chunk * array.dtype.numpy_dtype.itemsize > MOST_CHUNK_BYTES or shard // chunk > _MOST_IN_SHARD:
+        raise ValueError("its chunks are larger than ours")
 
 
 def array_metadata(spec: ImageSpec, shape: tuple[int, int, int], studies_per_shard: int | None) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ INDEX_BYTES = 64 * 2**20  # of index kept, 4 bytes a study: of 16 million studie
 RECORD_BYTES = 4 * 2**20  # of records kept, for a study is asked for its table, then for each of its images
 _AHEAD_BYTES, _AHEAD_STUDIES = 256 * 2**10, 256  # read at once by who reads one study after another
 _OPEN_FILES = 256
+_MOST_RECORD_BYTES = 2**28
 
 
 def file_name(part: int) -> str:
@@ -72,7 +74,10 @@ class StudyRecords:
         record = self._records.get(row)
         if record is None:
             record = self._read_record(row)
-        return self._layout.decoder(names)(record)
+        try:
+            return self._layout.decoder(names)(record)
+        except (struct.error, ValueError, IndexError, RecursionError) as error:
+            raise self._bad_record(row) from error
 
     def _read_record(self, row: int) -> bytes:
         block, at = divmod(row, BLOCK_STUDIES)
@@ -86,15 +91,18 @@ class StudyRecords:
         data = self._read(part, first + ends[0], first + ends[-1])
         found = [data[start - ends[0] : end - ends[0]] for start, end in itertools.pairwise(ends)]
         if not records.is_whole(row, found[0]):
-            raise UserError(
-                f"{self._url}/{file_name(part)}: the record of study {row} is damaged or cut off; copy the store "
-                "again or build it again"
-            )
+            raise self._bad_record(row)
         self._records.put(row, found[0])
         for number, record in enumerate(found[1:], row + 1):
             if records.is_whole(number, record):
                 self._records.put(number, record)
         return found[0]
+
+    def _bad_record(self, row: int) -> UserError:
+        return UserError(
+            f"{self._url}/{file_name(row // PART_STUDIES)}: the record of study {row} is damaged or cut off; copy the "
+            "store again or build it again"
+        )
 
     def _read_block(self, block: int) -> tuple[int, np.ndarray]:
         """Where the first record of a block starts in its file, and where each starts from there, with the end."""
@@ -103,11 +111,14 @@ class StudyRecords:
         count = min(BLOCK_STUDIES, PART_STUDIES - before, self._studies - row)
         offset = 8 * (before + 2 * (before // BLOCK_STUDIES))
         data = self._read(part, offset, offset + 8 * (count + 2))
-        if len(data) != 8 * (count + 2) or crc32(data[:-8]) != int.from_bytes(data[-8:], "little"):
+        whole = len(data) == 8 * (count + 2) and crc32(data[:-8]) == int.from_bytes(data[-8:], "little")
+        starts = np.frombuffer(data[:-8], "<u8") if whole else np.zeros(0, np.uint64)
+        sizes = np.diff(starts.astype(np.float64))
+        if not whole or starts.max() > 2**62 or sizes.min() < 0 or sizes.max() > _MOST_RECORD_BYTES:
             raise UserError(
                 f"{self._url}/{file_name(part)}: is damaged or cut short; copy the store again or build it again"
             )
-        starts = np.frombuffer(data[:-8], "<u8").astype(np.int64)
+        starts = starts.astype(np.int64)
         own = starts - starts[0]
         return int(starts[0]), own.astype(np.uint32) if own[-1] < 2**32 else own
 
@@ -134,7 +145,7 @@ class _File:
     """An open file, closed when nobody holds it any more."""
 
     def __init__(self, path: Path):
-        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
 
     def read(self, start: int, end: int) -> bytes:
         return os.pread(self._descriptor, end - start, start)

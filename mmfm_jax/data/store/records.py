@@ -106,7 +106,7 @@ class RecordLayout:
                 out[name] = of[values[i]]
             for name, i in texts:
                 start, end = values[i], values[i + 1]
-                out[name] = json.loads(record[start:end]) if end > start else None
+                out[name] = _texts(record[start:end]) if end > start else None
             for field, i in vectors:
                 first, missing = values[i], field.missing[0]
                 absent = first != first if missing != missing else first == missing
@@ -114,6 +114,14 @@ class RecordLayout:
             return out
 
         return decode
+
+
+def _texts(data: bytes) -> list[str]:
+    """Raises ValueError for what is no array of strings."""
+    texts = json.loads(data)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("texts of a record are none")
+    return texts
 
 
 def is_whole(number: int, record: bytes) -> bool:

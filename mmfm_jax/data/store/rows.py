@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorstore as ts
 
+from mmfm_jax.data import parquet
+from mmfm_jax.data.parquet import first_byte
 from mmfm_jax.data.store.bounded import BytesCache
-from mmfm_jax.data.store.format import GROUP_STUDIES, PART_STUDIES
+from mmfm_jax.data.store.format import GROUP_STUDIES, PART_STUDIES, local_folder
 from mmfm_jax.data.store.masks import MaskSummary
 from mmfm_jax.data.study import Schema, Study
 from mmfm_jax.errors import UserError
@@ -69,8 +71,9 @@ class StudyTables:
     Safe to use from many threads. Memory: `GROUPS_BYTES` of row groups and `FOOTERS_BYTES` of footers are kept.
     """
 
-    def __init__(self, kvstore: ts.KvStore, url: str):
-        self._kvstore, self._url = kvstore, url
+    def __init__(self, kvstore: ts.KvStore, url: str, schema: Schema, studies: int):
+        self._kvstore, self._url, self._studies = kvstore, url, studies
+        self._schema, self._folder = arrow_schema(schema), local_folder(url)
         self._footers = BytesCache(FOOTERS_BYTES, lambda f: _CHUNK_BYTES * f.num_row_groups * f.num_columns)
         self._groups = BytesCache(GROUPS_BYTES, lambda batch: batch.nbytes)
 
@@ -81,13 +84,12 @@ class StudyTables:
         batch = self._groups.made((part, group), lambda: self.read_group(part, group))
         return {name: batch.column(name)[at].as_py() for name in columns}
 
-    def whole_part(self, table: str, part: int, columns: list[str]) -> pa.Table:
-        """`columns` of every row of one part."""
-        name = part_name(table, part)
-        data = self._read(name, slice(None))
+    def whole_part(self, part: int, columns: list[str]) -> pa.Table:
+        """`columns` of every row of one part of the studies."""
+        name = part_name("studies", part)
         try:
-            return pq.read_table(pa.BufferReader(data), columns=columns, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
+            return parquet.read(self._read(name, slice(None)), self._schema, columns)
+        except ValueError as error:
             raise self._damaged(name) from error
 
     def index(self, part: int, columns: list[str]) -> pa.Table:
@@ -105,17 +107,19 @@ class StudyTables:
             if length > len(tail):
                 tail = self._read(name, slice(-length, None))
             footer = pq.read_metadata(pa.BufferReader(tail))
+            if footer.num_rows != min(PART_STUDIES, self._studies - part * PART_STUDIES):
+                raise self._damaged(name)
             last = footer.row_group(footer.num_row_groups - 1)
             chunks = [last.column(i) for i in range(footer.num_columns)]
-            end = max(_start(c) + c.total_compressed_size for c in chunks) + length
-            first = min(_start(c) for c in chunks if c.path_in_schema in columns)
+            end = max(first_byte(c) + c.total_compressed_size for c in chunks) + length
+            first = min(first_byte(c) for c in chunks if c.path_in_schema in columns)
             if footer.num_row_groups > 1:
                 first = 0
             if end - first > len(tail):
                 tail = self._read(name, slice(first, None))
-            window = _Window(tail, end - len(tail))
-            return pq.ParquetFile(window, metadata=footer, read_dictionary=["split"]).read(columns, use_threads=False)
-        except (pa.ArrowException, OSError, ValueError) as error:
+            groups, kept = range(footer.num_row_groups), [name for name in columns if name == "split"]
+            return parquet.read_groups(tail, end - len(tail), footer, groups, INDEX_SCHEMA, columns, keep=kept)
+        except (pa.ArrowException, OSError, ValueError, IndexError) as error:
             raise self._damaged(name) from error
 
     def _footer(self, part: int) -> pq.FileMetaData:
@@ -134,58 +138,35 @@ class StudyTables:
         """Every column of one row group, not kept."""
         name = part_name("studies", part)
         footer = self._footer(part)
+        rows = min(GROUP_STUDIES, self._studies - part * PART_STUDIES - group * GROUP_STUDIES)
+        if group >= footer.num_row_groups or footer.row_group(group).num_rows != rows:
+            raise self._damaged(name)
         chunks = [footer.row_group(group).column(i) for i in range(footer.num_columns)]
-        starts = [_start(c) for c in chunks]
+        starts = [first_byte(c) for c in chunks]
         start, end = min(starts), max(s + c.total_compressed_size for s, c in zip(starts, chunks))
-        window = _Window(self._read(name, slice(start, end)), start)
         try:
-            file = pq.ParquetFile(window, metadata=footer)
-            return file.read_row_group(group, use_threads=False).combine_chunks().to_batches()[0]
-        except (pa.ArrowException, OSError) as error:
+            data = self._read(name, slice(start, end))
+            table = parquet.read_groups(data, start, footer, [group], self._schema)
+            return table.combine_chunks().to_batches()[0]
+        except ValueError as error:
             raise self._damaged(name) from error
 
     def _read(self, name: str, byte_range: slice) -> bytes:
+        if self._folder is not None and not (self._folder / name).is_file():
+            raise self._missing(name)
         try:
             found = self._kvstore.read(name, byte_range=byte_range).result()
         except ValueError as error:
             raise self._damaged(name) from error
         if found.state == "missing":
-            raise UserError(f"{self._url}/{name}: is missing from the store; copy the store again or build it again")
+            raise self._missing(name)
         return found.value
 
+    def _missing(self, name: str) -> UserError:
+        return UserError(f"{self._url}/{name}: is missing from the store; copy the store again or build it again")
+
     def _damaged(self, name: str) -> UserError:
-        return UserError(f"{self._url}/{name}: is damaged or cut short; copy the store again or build it again")
-
-
-def _start(chunk: pq.ColumnChunkMetaData) -> int:
-    """Where a column of a row group starts in its file."""
-    return chunk.dictionary_page_offset or chunk.data_page_offset
-
-
-class _Window(io.RawIOBase):
-    """Part of a file, already read, under the offsets that it has in the whole file."""
-
-    def __init__(self, data: bytes, start: int):
-        self._data, self._start, self._at = data, start, start
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        end = self._start + len(self._data)
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: end}[whence]
-        return self._at
-
-    def read(self, size: int = -1, /) -> bytes:
-        at = self._at - self._start
-        if at < 0:
-            raise OSError("read before the window")
-        data = self._data[at:] if size < 0 else self._data[at : at + size]
-        self._at += len(data)
-        return data
+        return UserError(
+            f"{self._url}/{name}: is damaged, cut short or not what store.json says; copy the store again or build it "
+            "again"
+        )

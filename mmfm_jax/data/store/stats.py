@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from math import sqrt
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from mmfm_jax.data.store.foreground import otsu
 from mmfm_jax.data.store.masks import MaskSummary
@@ -16,6 +17,9 @@ from mmfm_jax.data.study import Image, Schema, Study
 PERCENTILES = (0.0, 0.5, 1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0, 99.5, 100.0)
 _SAMPLED_VOLUMES = 2048
 _SAMPLED_VOXELS = 4096
+
+
+Number = Annotated[int, Field(ge=0, le=10**18)]
 
 
 class _Frozen(BaseModel):
@@ -29,24 +33,24 @@ class NumberColumn(_Frozen):
     sd: float
     low: float
     high: float
-    missing: int
+    missing: Number
 
 
 class CategoryColumn(_Frozen):
-    counts: dict[str, int]
-    missing: int
+    counts: dict[str, Number]
+    missing: Number
 
 
 class TextField(_Frozen):
-    studies: int
+    studies: Number
     """Studies that have the field."""
-    texts: int
+    texts: Number
     words_mean: float
-    words_max: int
+    words_max: Number
 
 
 class ImageRole(_Frozen):
-    volumes: int
+    volumes: Number
     percentiles: dict[str, float]
     """Of intensity, from an even sample of voxels of an even sample of volumes."""
     spacing_mm_median: tuple[float, float, float]
@@ -62,10 +66,10 @@ class ImageRole(_Frozen):
 class MaskVoxels(_Frozen):
     """By class name, background left out."""
 
-    masks: int
-    volumes: dict[str, int]
+    masks: Number
+    volumes: dict[str, Number]
     """Masks that hold a voxel of the class."""
-    voxels: dict[str, int]
+    voxels: dict[str, Number]
 
 
 class Stats(_Frozen):
@@ -76,6 +80,22 @@ class Stats(_Frozen):
     texts: dict[str, TextField]
     images: dict[str, ImageRole]
     masks: dict[str, MaskVoxels] = {}
+
+    def check(self, schema: Schema) -> None:
+        """Raises ValueError unless it is of what a schema declares, and in whole."""
+        numbers = {name for name, column in schema.columns.items() if column.kind == "number"}
+        held = [self.numbers, self.categories, self.texts, self.images, self.masks]
+        declared = [numbers, schema.columns.keys() - numbers, schema.texts, schema.images, schema.masks]
+        if any(set(ours) != set(theirs) for ours, theirs in zip(held, declared)):
+            raise ValueError("it is of other parts than the store declares")
+        percentiles = {f"{p:g}" for p in PERCENTILES}
+        if any(set(role.percentiles) not in (set(), percentiles) for role in self.images.values()):
+            raise ValueError("it lacks percentiles of images")
+        classes = [(of, set(schema.masks[name].classes)) for name, of in self.masks.items()]
+        if any(set(of.volumes) != names or set(of.voxels) != names for of, names in classes):
+            raise ValueError("it is of other classes of masks than the store declares")
+        if any(set(of.counts) != set(schema.columns[name].vocabulary) for name, of in self.categories.items()):
+            raise ValueError("it is of other words than the store declares")
 
 
 class StatsBuilder:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -20,25 +21,30 @@ from mmfm_jax.data.store.foreground import places
 from mmfm_jax.data.store.format import (
     CACHE_BYTES,
     GROUP_STUDIES,
+    JSON_BYTES,
     PART_STUDIES,
     ROWS_VERSION,
     SplitCounts,
     StoreFile,
     array_spec,
+    check_array,
     context,
     mask_image,
     open_kvstore,
+    read_file,
     read_store_file,
 )
 from mmfm_jax.data.store.masks import POSITIONS
 from mmfm_jax.data.store.record_files import StudyRecords
-from mmfm_jax.data.store.rows import StudyTables
+from mmfm_jax.data.store.rows import StudyTables, part_name
 from mmfm_jax.data.store.stats import Stats
 from mmfm_jax.data.store.studies import Extent, Studies, TableRow, Wanted
-from mmfm_jax.data.study import ImageSpec, Schema
+from mmfm_jax.data.study import MOST_VOXELS, ImageSpec, Schema
 from mmfm_jax.errors import UserError
 
 _INDEX_READERS = 16
+_LEAST_MM, _MOST_MM = 1e-6, 1e6  # between voxels
+_MOST_BESIDE_BYTES, _MOST_VERIFIED_BYTES = 2**30, 2**34
 _OPEN_VOLUMES = 4096
 _PASSING = (
     "ABORTED",
@@ -83,8 +89,8 @@ class StudyStore(Studies):
         self._array = functools.lru_cache(_OPEN_VOLUMES)(self._open_array)
         self._info = functools.lru_cache(_OPEN_VOLUMES)(self._read_info)
         self._columns = functools.lru_cache(64)(self._read_columns)
-        self._studies = sum(counts.studies for counts in file.counts.values())
-        self._tables = StudyTables(kvstore, url)
+        self._studies = file.studies
+        self._tables = StudyTables(kvstore, url, file.declared, self._studies)
         alone = file.format_version >= ROWS_VERSION
         self._rows = StudyRecords(kvstore, url, file.declared, self._studies) if alone else self._tables
 
@@ -102,7 +108,8 @@ class StudyStore(Studies):
                 f"{url}: there is no store here (no store.json); build one with `mmfm sample` or mend the path"
             )
         try:
-            stats = Stats.model_validate_json(kvstore.read("stats.json").result().value)
+            stats = Stats.model_validate_json(read_file(kvstore, url, "stats.json", JSON_BYTES) or b"")
+            stats.check(file.declared)
         except (ValidationError, ValueError) as error:
             raise UserError(
                 f"{url}/stats.json: is missing or damaged; copy the store again or build it again"
@@ -189,6 +196,15 @@ class StudyStore(Studies):
         more = [] if train is None else ["share" if stored else "patient"]
 
         def read(part: int) -> np.ndarray:
+            try:
+                return codes_of(part)
+            except (ValueError, IndexError, pa.ArrowException) as error:
+                raise UserError(
+                    f"{self.url}/{part_name('index', part)}: is not what store.json says; copy the store again or "
+                    "build it again"
+                ) from error
+
+        def codes_of(part: int) -> np.ndarray:
             table = self._tables.index(part, ["split", *more])
             column = table.column("split").unify_dictionaries().combine_chunks()
             code_of = np.array([names.index(name) for name in column.dictionary.to_pylist()], np.int8)
@@ -262,7 +278,15 @@ class StudyStore(Studies):
         held = self._rows.get(row, (place,) if shape else (place, f"image/{role}/shape"))
         if held[place] is None:
             return None
-        return (shape or tuple(held[f"image/{role}/shape"])), tuple(held[place])
+        extent, spacing_mm = shape or tuple(held[f"image/{role}/shape"] or ()), tuple(held[place])
+        channels = self.schema.images[role].channels
+        possible = len(extent) == len(spacing_mm) == 3 and min(extent) > 0 and prod(extent) * channels <= MOST_VOXELS
+        if not possible or not all(_LEAST_MM <= mm <= _MOST_MM for mm in spacing_mm):
+            raise DamagedImage(
+                f"{self.url}: the size or spacing of image {role} of study {row} cannot be; copy the store again or "
+                "build it again"
+            )
+        return extent, spacing_mm
 
     def crop(self, role: str, row: int, start: Extent, size: Extent, fill: float = 0) -> np.ndarray:
         """Voxels [z, y, x, channel] of the box at `start` (may be negative), in the role's dtype; `fill` outside.
@@ -301,7 +325,7 @@ class StudyStore(Studies):
         studies = np.asarray(rows, np.int64)[:, None] * spec.channels + np.arange(spec.channels)
         box = tuple(map(slice, start, end))
 
-        def failed(error: ValueError) -> UserError:
+        def failed(error: Exception) -> UserError:
             """That of the study which cannot be read."""
             for row in rows:
                 self._read(path, _voxels(spec, row, start, end), row)
@@ -310,7 +334,7 @@ class StudyStore(Studies):
         try:
             target = ts.array(out.transpose(0, 4, 1, 2, 3), copy=False, write=True)[np.asarray(places, np.int64)]
             reading = target.write(self._array(path)[(studies, *box)])
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             raise failed(error) from error
 
         def wait() -> None:
@@ -340,13 +364,13 @@ class StudyStore(Studies):
         try:
             voxels = self._array(path)[_voxels(spec, row, low, high)]
             reading = ts.array(target, copy=False, write=True).write(voxels)
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             raise self._bad_chunk(path, row, error) from error
 
         def wait() -> None:
             try:
                 reading.result()
-            except ValueError as error:
+            except (ValueError, IndexError) as error:
                 raise self._bad_chunk(path, row, error) from error
 
         return wait
@@ -361,10 +385,10 @@ class StudyStore(Studies):
     def _read(self, path: str, box: tuple[slice | int, ...], row: int) -> np.ndarray:
         try:
             return self._array(path)[box].read().result()
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             raise self._bad_chunk(path, row, error) from error
 
-    def _bad_chunk(self, path: str, row: int, error: ValueError) -> UserError:
+    def _bad_chunk(self, path: str, row: int, error: Exception) -> UserError:
         if str(error).startswith(_PASSING):
             return UserError(f"{self.url}/{path}: a chunk of study {row} cannot be read now; {_first_sentence(error)}")
         return DamagedImage(
@@ -373,14 +397,20 @@ class StudyStore(Studies):
         )
 
     def _open_array(self, path: str) -> ts.TensorStore:
-        return ts.open(array_spec(self._kvstore, path), open=True, context=context(self.cache_bytes)).result()
+        array = ts.open(array_spec(self._kvstore, path), open=True, context=context(self.cache_bytes)).result()
+        check_array(array)
+        return array
 
     # ------------------------------------------------------------ masks
 
     def mask_voxels(self, name: str, row: int) -> np.ndarray | None:
         """How many voxels of each class a mask holds, int64 [class], or None when the study lacks the mask."""
         (held,) = self._rows.get(self._checked(row), (f"mask/{name}/voxels",)).values()
-        return None if held is None else np.asarray(held, np.int64)
+        if held is None:
+            return None
+        if len(held) != len(self.schema.masks[name].classes) or min(held) < 0:
+            raise UserError(f"{self.url}: mask {name} of study {row} is damaged; copy or build the store again")
+        return np.asarray(held, np.int64)
 
     def mask_crop(self, name: str, row: int, start: Extent, size: Extent) -> np.ndarray:
         """A mask in the box at `start` of its image, uint8 [z, y, x]: 0, or 1 + index into the classes; 0 outside.
@@ -464,21 +494,21 @@ class StudyStore(Studies):
         """A file that whoever built the store put beside its studies; None when there is none of that name."""
         if name not in self.file.files:
             return None
-        found = self._kvstore.read(name).result()
-        if found.state == "missing":
+        found = read_file(self._kvstore, self.url, name, _MOST_BESIDE_BYTES)
+        if found is None:
             raise UserError(f"{self.url}/{name}: is missing from the store; copy the store again or build it again")
-        return found.value
+        return found
 
     def verify(self) -> None:
         """Reads every file and compares checksums. Raises UserError that names the first bad file."""
         for path, expected in self.file.files.items():
-            found = self._kvstore.read(path).result()
-            if found.state == "missing" or hashlib.sha256(found.value).hexdigest() != expected:
-                state = "is missing" if found.state == "missing" else "is not what was written"
+            found = read_file(self._kvstore, self.url, path, _MOST_VERIFIED_BYTES)
+            if found is None or hashlib.sha256(found).hexdigest() != expected:
+                state = "is missing" if found is None else "is not what was written"
                 raise UserError(f"{self.url}/{path}: {state}; copy the store again or build it again")
         for role in (role for role, spec in self.schema.images.items() if spec.shape is None):
             for part in range(self._parts):
-                column = self._tables.whole_part("studies", part, [f"image/{role}/sha256"]).column(0)
+                column = self._tables.whole_part(part, [f"image/{role}/sha256"]).column(0)
                 for offset, expected in enumerate(column.to_pylist()):
                     path = f"volumes/{role}/{part * PART_STUDIES + offset:08d}"
                     if expected is not None and checksum_under(self._kvstore, path) != expected:

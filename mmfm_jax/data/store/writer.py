@@ -54,7 +54,8 @@ def write_store(
     The same studies give the same bytes. Memory holds one shard (64 MiB raw) of each stacked role and of its masks,
     12 MB of sampled positions of each mask, as much of sampled intensities of each role, the rows of one part of
     `studies.parquet`, and a hash of each patient to see that none is in two splits; never all volumes.
-    A path is built beside its place and renamed when it is whole. At any other URL `store.json` is written last.
+    A path is built beside its place and renamed when it is whole, and only its owner may enter it. At any other URL
+    `store.json` is written last.
 
     Raises UserError when something is already there, or when a study does not fit the schema; then, as when killed, no
     store is left, and at a path nothing is.
@@ -72,7 +73,7 @@ def write_store(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, mode=0o700)
         _write(open_kvstore(str(partial)), schema, studies, description, source or {}, beside or {})
         os.rename(partial, folder)
     except OSError as error:
