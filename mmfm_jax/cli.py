@@ -14,16 +14,24 @@ from mmfm_jax.parallel.flags import set_flags, with_huge_pages
 STARTED = time.perf_counter()
 
 EXAMPLES = {
+    "init": "mmfm init demo",
     "sample": "mmfm sample lidc --out data/lidc",
-    "ingest": "mmfm ingest configs/data/chest_ct.yaml --out data/chest",
-    "rejects": "mmfm rejects data/chest configs/data/chest_ct.yaml",
+    "ingest": "mmfm ingest chest_ct.yaml --out data/chest",
+    "rejects": "mmfm rejects data/chest chest_ct.yaml",
     "inspect": "mmfm inspect data/lidc",
-    "train": "mmfm train configs/demo.yaml --run runs/demo --train.steps 500",
+    "train": "mmfm train demo.yaml --run runs/demo --train.steps 500",
     "evaluate": "mmfm evaluate runs/demo",
-    "plan": "mmfm plan configs/pod.yaml --topology v5e:16x16 --price 1.2 --train.batch_size 2048",
+    "plan": "mmfm plan pod.yaml --topology v5e:16x16 --price 1.2 --train.batch_size 2048",
     "bench": "mmfm bench train vit-s --rounds 10, or: mmfm bench data ct-96",
-    "schema": "mmfm schema > configs/experiment.schema.json",
+    "schema": "mmfm schema > experiment.schema.json",
 }
+
+
+def init(args: argparse.Namespace) -> None:
+    """Writes a commented experiment or description of a data set to start from; without a name, lists them."""
+    from mmfm_jax.config.examples import listing, write_example
+
+    print(listing() if args.name is None else write_example(args.name, args.out))
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -47,19 +55,18 @@ def ingest(args: argparse.Namespace) -> None:
 
     Every input ends in the store or in its rejects.parquet; exit status 3 says that some were refused.
     """
-    from rich.console import Console
-
     from mmfm_jax.data.ingest.pool import Limits
     from mmfm_jax.data.ingest.report import held, summary
     from mmfm_jax.data.ingest.run import ingest
     from mmfm_jax.data.store.study_store import StudyStore
+    from mmfm_jax.screen import screen
 
     ray = args.runner == "ray"
     workers = args.workers or (0 if ray else os.cpu_count() or 1)
     limits = Limits(workers, int(args.memory * 2**30), args.timeout)
-    console = Console(stderr=True)
+    console = screen(stderr=True)
     outcome = ingest(args.dataset, args.out, limits, append=args.append, work=args.work, ray=ray, console=console)
-    Console().print(summary(outcome))
+    screen().print(summary(outcome))
     print(held(outcome, StudyStore.open(args.out)))
     if outcome.rejects:
         sys.stdout.flush()
@@ -79,31 +86,33 @@ def inspect(args: argparse.Namespace) -> None:
 
     The page lies in the store's folder, or in the working directory where that is none or may not be written.
     """
-    from rich.console import Console
-
-    from mmfm_jax.data.inspect.page import write_page
     from mmfm_jax.data.inspect.summary import summary
     from mmfm_jax.data.store.study_store import StudyStore
+    from mmfm_jax.extras import check_installed
+    from mmfm_jax.screen import screen
 
     store = StudyStore.open(args.store)
     if args.verify:
         store.verify()
-    Console().print(summary(store))
+    screen().print(summary(store))
+    check_installed("the page of inspect", ["matplotlib"], "evaluate")
+    from mmfm_jax.data.inspect.page import write_page
+
     print(f"\n{write_page(store, args.out)}")
 
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
     """Trains a configuration into a run folder; a run that holds a checkpoint goes on from it by itself."""
     import jax
-    from rich.console import Console
 
     from mmfm_jax.experiment import load_experiment
     from mmfm_jax.parallel.compiled import keep_compiled
     from mmfm_jax.parallel.processes import start_processes
+    from mmfm_jax.screen import screen
     from mmfm_jax.train.clock import Clock
     from mmfm_jax.train.loop import train
 
-    clock, console = Clock(STARTED), Console()
+    clock, console = Clock(STARTED), screen()
     with clock("devices"):
         start_processes()
         place = keep_compiled()
@@ -182,6 +191,9 @@ def parser() -> argparse.ArgumentParser:
         added.set_defaults(function=function)
         return added
 
+    of_init = verb(init)
+    of_init.add_argument("name", nargs="?", help="demo, chest_ct or another of those that are listed without a name")
+    of_init.add_argument("--out", type=Path, metavar="FILE", help="where it goes (NAME.yaml in the working directory)")
     of_sample = verb(sample)
     of_sample.add_argument(
         "name",
@@ -192,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
     of_sample.add_argument("--out", required=True, help="folder or TensorStore URL of the store to build")
     of_sample.add_argument("--split-key", default="mmfm", help="key of the hash that deals patients to splits")
     of_ingest = verb(ingest)
-    of_ingest.add_argument("dataset", type=Path, help="description of the data set in YAML; see configs/data")
+    of_ingest.add_argument("dataset", type=Path, help="description of the data set in YAML; `mmfm init` lists examples")
     of_ingest.add_argument("--out", required=True, help="folder or TensorStore URL of the store to build")
     of_ingest.add_argument("--append", action="store_true", help="add new inputs to a store that is there")
     of_ingest.add_argument(

@@ -112,7 +112,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     """
     import tyro
 
-    raw = read_yaml(path, "an experiment in YAML, such as configs/demo.yaml")
+    raw = read_yaml(path, "an experiment in YAML, such as `mmfm init demo` writes")
     experiment = validate(raw, str(path))
     if not overrides:
         return experiment

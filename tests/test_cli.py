@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-VERBS = ("sample", "inspect", "train", "evaluate", "plan", "bench", "schema")
+VERBS = ("init", "sample", "ingest", "rejects", "inspect", "train", "evaluate", "plan", "bench", "schema")
 
 
 def test_help_imports_neither_jax_nor_anything_else_that_is_slow():

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
-from rich.console import Console
 from rich.table import Table
 
 from mmfm_jax.bench import monai_loader
@@ -35,6 +34,7 @@ from mmfm_jax.data.store.mix import open_data
 from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment, experiment_type, load_experiment, validate
+from mmfm_jax.screen import screen
 
 BUILTIN = "ct-96"
 VOLUMES, SLICES = 8, 256
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         place = Path(folder)
         experiment = _experiment(args.config or BUILTIN, overrides, place)
         found = measure(experiment, args.rounds, place, monai_workers=_cores())
-    print(json.dumps(found, indent=1)) if args.json else Console().print(report(found))
+    print(json.dumps(found, indent=1)) if args.json else screen().print(report(found))
 
 
 def _experiment(name: str, overrides: list[str], place: Path) -> Experiment:

@@ -14,7 +14,6 @@ from statistics import median
 from typing import Any, Protocol
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from mmfm_jax.bench import peer
@@ -22,6 +21,8 @@ from mmfm_jax.bench.models import FOR_PLATFORM, MODELS, builtin
 from mmfm_jax.bench.ours import Ours, matmul_peak
 from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment, load_experiment
+from mmfm_jax.extras import check_installed
+from mmfm_jax.screen import screen
 
 WARM_UP = 2
 ROUND_SECONDS = 4.0  # a side takes steps for about as long before the other has its turn
@@ -56,7 +57,7 @@ class Comparison:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     """The verb. Raises UserError when a side is not installed or knows nothing like the experiment."""
-    peer.check_installed()
+    check_installed("bench train", ["torch", "transformers"], "reference")
     where = jax.default_backend()
     if where not in FOR_PLATFORM:
         raise UserError(f"bench train: PyTorch is compared with on cpu and gpu, and this machine's devices are {where}")
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         made = compare(_experiment(name, overrides), where, args.rounds)
         found.append(as_json(made))
         if not args.json:
-            Console().print(report(made))
+            screen().print(report(made))
         del made
         gc.collect()  # the state and batch of both, before the next is made
     if args.json:

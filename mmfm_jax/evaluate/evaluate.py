@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from rich import box
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table as RichTable
 
 from mmfm_jax.config.evaluation import EvaluateConfig
@@ -24,6 +23,7 @@ from mmfm_jax.evaluate.pictures import middle_slice
 from mmfm_jax.evaluate.plain import drawn_rows, read_plain
 from mmfm_jax.evaluate.report import write_report
 from mmfm_jax.evaluate.splits import FurtherTexts, OfTexts, collect, extractor
+from mmfm_jax.extras import check_installed
 from mmfm_jax.metrics.baselines import RESERVED, baselines, linear_probes
 from mmfm_jax.metrics.bootstrap import Bootstrap
 from mmfm_jax.metrics.findings import Exhibit, Findings, Forest
@@ -31,6 +31,7 @@ from mmfm_jax.metrics.held_out import HeldOut, LogProbability, Split, View, Word
 from mmfm_jax.metrics.label import UNTRAINED, tell
 from mmfm_jax.metrics.origin import PROBE, origin
 from mmfm_jax.metrics.statistics import Measure
+from mmfm_jax.screen import counted, screen
 from mmfm_jax.train import folder
 from mmfm_jax.train.checkpoint import TrainedRun, load_run
 from mmfm_jax.train.state import initial_learner
@@ -61,7 +62,8 @@ def evaluate(run: str | Path, console: Console | None = None) -> Evaluation:
         raise UserError(
             "evaluation runs in one process (over all its devices); start `mmfm evaluate` on one host alone"
         )
-    run, console = Path(run), console or Console()
+    check_installed("evaluate", ["matplotlib", "sklearn"], "evaluate")
+    run, console = Path(run), console or screen()
     trained = load_run(run)
     store = open_data(trained.experiment.data)
     samples = Samples(store, trained.experiment.inputs, trained.spec, trained.tokenizer)
@@ -98,7 +100,7 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
             samples, name, batch_size, np.arange(batch_size), workers=experiment.data.workers, studies=rows
         )
         further = FurtherTexts(samples.readings, spec, trained.tokenizer, config.max_texts) if spec.texts else None
-        progress = track(batches, f"{name} studies", -(-len(rows) // batch_size), console=console, transient=True)
+        progress = counted(batches, f"{name} studies", console, -(-len(rows) // batch_size))
         return collect(extract, progress, store.patients, ask, further)
 
     test = split(config.split, store.rows(config.split))

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 
 from mmfm_jax.experiment import Experiment, load_experiment
 from mmfm_jax.parallel.mesh import make_mesh
@@ -18,6 +18,7 @@ from mmfm_jax.plan.links import DCN
 from mmfm_jax.plan.phases import Phases
 from mmfm_jax.plan.plan import Plan, as_json, make_plan
 from mmfm_jax.plan.report import report
+from mmfm_jax.screen import screen
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -33,10 +34,10 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.sweep:
         from mmfm_jax.plan import sweep
 
-        plans = sweep.sweep(experiment, target, args.price, spec, voxels, args.sweep_limit, Console(stderr=True))
+        plans = sweep.sweep(experiment, target, args.price, spec, voxels, args.sweep_limit, screen(stderr=True))
         _print(args.json, [sweep.as_json(plan) for plan in plans], lambda: sweep.report(plans))
         return
-    with Phases(Console(stderr=True)) as phases:
+    with Phases(screen(stderr=True)) as phases:
         plan = make_plan(experiment, target, args.price, spec, voxels, phases)
     if plan.step_seconds is None:
         _print(args.json, as_json(plan) | {"feed": None}, lambda: report(plan))
@@ -73,4 +74,4 @@ def _print(as_data: bool, data: Any, tables) -> None:
     if as_data:
         print(json.dumps(data, indent=1))
     else:
-        Console().print(tables())
+        screen().print(tables())

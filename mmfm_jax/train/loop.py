@@ -30,6 +30,7 @@ from mmfm_jax.experiment import Experiment
 from mmfm_jax.parallel import sharding
 from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.parallel.processes import meet
+from mmfm_jax.screen import screen
 from mmfm_jax.train.checkpoint import Checkpoints
 from mmfm_jax.train.clock import Clock
 from mmfm_jax.train.fit import check_fit
@@ -66,7 +67,7 @@ def train(
 
     Raises UserError when configuration, store, mesh and run do not fit together, or gradients stay non-finite.
     """
-    run, console, clock, steps = Path(run), console or Console(), clock or Clock(), experiment.train.steps
+    run, console, clock, steps = Path(run), console or screen(), clock or Clock(), experiment.train.steps
     with clock("devices"):
         speaks = jax.process_index() == 0
         mesh = make_mesh(experiment.mesh)

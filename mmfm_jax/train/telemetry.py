@@ -8,9 +8,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from mmfm_jax.screen import text_column
 from mmfm_jax.train import folder, goodput
 from mmfm_jax.train.clock import Clock
 
@@ -28,8 +29,8 @@ class Telemetry:
         self._open_lines(run / METRICS)
         self._board = SummaryWriter(str(run / TENSORBOARD), purge_step=first_step)
         columns = (
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[told]}"),
-            TextColumn("ETA"), TimeRemainingColumn(),
+            text_column("step"), MofNCompleteColumn(), BarColumn(), text_column("{task.fields[told]}"),
+            text_column("ETA"), TimeRemainingColumn(),
         )  # fmt: skip
         self._bar = Progress(*columns, console=console)
         self._bar.start()
