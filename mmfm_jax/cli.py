@@ -163,7 +163,7 @@ def bench(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def schema(args: argparse.Namespace) -> None:
-    """Prints the JSON schema of a configuration, or of a data set to ingest, for editors."""
+    """Prints the JSON schema of a configuration, or of a data set to ingest, for editors; or its fields as a page."""
     import json
 
     if args.of == "dataset":
@@ -172,7 +172,13 @@ def schema(args: argparse.Namespace) -> None:
         from mmfm_jax.experiment import experiment_type
 
         described = experiment_type()
-    print(json.dumps(described.model_json_schema(), indent=1))
+    if args.markdown:
+        from mmfm_jax.config.fields import markdown
+
+        title = "Fields of a description of a data set" if args.of == "dataset" else "Fields of an experiment"
+        print(markdown(title, f"mmfm schema {args.of} --markdown", described.model_json_schema()))
+    else:
+        print(json.dumps(described.model_json_schema(), indent=1))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -252,6 +258,7 @@ def parser() -> argparse.ArgumentParser:
     of_plan.add_argument("--json", action="store_true", help="print data instead of tables")
     of_schema = verb(schema)
     of_schema.add_argument("of", nargs="?", choices=["experiment", "dataset"], default="experiment")
+    of_schema.add_argument("--markdown", action="store_true", help="print every field and what it means, to read")
     of_bench = verb(bench)
     of_bench.add_argument(
         "what", choices=["train", "data"], help="train: forward, backward and update; data: reading training batches"

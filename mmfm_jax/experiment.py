@@ -31,18 +31,27 @@ class Experiment(Config):
     """Everything a run depends on; saved, resolved, with the run."""
 
     name: str
+    """Of the run, as its report is headed."""
     seed: Count = 0
     """Of initialisation, shuffling, augmentation and masking."""
     inputs: Inputs
+    """What the model is given: images, texts and columns of a study."""
     data: DataConfig
+    """Where studies are read and how they reach the model."""
     model: ModelConfig
+    """Sizes of the encoders and of their fusion."""
     tasks: dict[str, TaskConfig]
     """Proxy tasks by a name of yours; the run minimises their weighted sum."""
     mesh: MeshConfig = MeshConfig()
+    """How devices share the work."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """How parameters move."""
     train: TrainConfig
+    """How long the run is and how a step is taken."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """What the run keeps."""
     evaluate: EvaluateConfig = EvaluateConfig()
+    """What is measured on held-out patients."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -102,7 +111,8 @@ def experiment_type() -> type[Experiment]:
 def _experiment_of(types: tuple[type[Task], ...]) -> type[Experiment]:
     configs: Any = functools.reduce(operator.or_, (task.Config for task in types))
     tasks: Any = dict[str, Annotated[configs, Field(discriminator="kind")]]
-    return create_model("Experiment", __base__=Experiment, __doc__=Experiment.__doc__, tasks=(tasks, ...))
+    told = Field(description=Experiment.model_fields["tasks"].description)
+    return create_model("Experiment", __base__=Experiment, __doc__=Experiment.__doc__, tasks=(tasks, told))
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:

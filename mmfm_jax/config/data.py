@@ -37,8 +37,11 @@ class ImageOptions(Config):
     """What is otherwise for the images of one store of a mix; what is not given is as in `inputs.images`."""
 
     window: Window | tuple[Window, ...] | None = None
+    """As of `inputs.images`."""
     crop: Literal["centre", "random"] | None = None
+    """As of `inputs.images`."""
     foreground: Foreground | None = None
+    """As of `inputs.images`."""
 
     @model_validator(mode="after")
     def _window_is_one(self):
@@ -81,6 +84,7 @@ class DataConfig(Config):
     tokenizer: str | None = None
     """A Hugging Face tokenizer.json to use instead of training one."""
     augment: Augment = Augment()
+    """Random changes of training images."""
     reader_threads: PositiveInt = 8
     """Threads that read and crop studies ahead of the step; they change the speed, never the batches."""
     workers: Count = 0

@@ -13,7 +13,9 @@ class EvaluateConfig(Config):
     """What `mmfm evaluate` measures on held-out patients."""
 
     split: str = "test"
+    """Split of the store whose patients are measured."""
     batch_size: PositiveInt = 128
+    """Studies at a time, rounded up to a multiple of the devices."""
     bootstrap: PositiveInt = 1000
     """Patient-level resamples behind each 95% interval."""
     baselines: dict[str, tuple[str, ...]] = {}
@@ -28,6 +30,7 @@ class EvaluateConfig(Config):
     untrained: bool = True
     """Also probes the model as it was before its training, which takes its parameters' memory once more."""
     recall_at: tuple[PositiveInt, ...] = (1, 5, 10)
+    """The k of each recall@k of retrieval."""
     max_gallery: Annotated[int, Field(ge=2)] = 10_000
     """Studies among which retrieval finds a study's partner; of more, that many are drawn by a hash of patients, the
     same for every run. Recall@k falls as a gallery grows, so compare it between galleries of one size."""

@@ -17,6 +17,7 @@ class MeshConfig(Config):
     fsdp: int = -1
     """Shards of the parameters; the batch is split over data x fsdp."""
     sequence: int = 1
+    """Shards of the tokens of images and texts."""
     tensor: int = 1
     """Shards of heads and hidden widths."""
 
@@ -53,10 +54,13 @@ class OptimizerConfig(Config):
     kind: Literal["adamw", "muon"] = "adamw"
     """Muon is for the matrices of transformer blocks, at AdamW's learning rates; all other parameters have AdamW."""
     learning_rate: PositiveFloat = 1e-3
+    """At its peak, after warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """Decoupled, on matrices only: not on embeddings, learned tokens, positions, biases and scales."""
     b1: Probability = 0.9
+    """Decay of the first moment."""
     b2: Probability = 0.95
+    """Decay of the second moment."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the first moment; the second is float32."""
     groups: tuple[ParameterGroup, ...] = ()
@@ -64,6 +68,7 @@ class OptimizerConfig(Config):
     schedule: Literal["cosine", "wsd"] = "cosine"
     """After warm-up: cosine to `final_fraction`, or constant then a linear decay (warmup-stable-decay)."""
     warmup_steps: Count = 100
+    """Steps over which the learning rate rises linearly to its peak."""
     decay_fraction: Fraction = 0.2
     """Share of the steps that the wsd decay takes."""
     final_fraction: Fraction = 0.01
@@ -78,10 +83,14 @@ class ProfileConfig(Config):
     start: PositiveInt
     """First step that is traced; a run that goes on after it traces none."""
     steps: PositiveInt = 3
+    """How many are traced."""
 
 
 class TrainConfig(Config):
+    """How long a run is, how a step is taken and what it tells."""
+
     steps: PositiveInt
+    """Updates of the parameters in the whole run."""
     batch_size: PositiveInt
     """Studies a step, over all devices."""
     accumulate: PositiveInt = 1
@@ -94,9 +103,11 @@ class TrainConfig(Config):
     max_skipped: PositiveInt = 20
     """Steps in a row with a non-finite gradient (each is skipped and counted) after which the run stops."""
     log_every: PositiveInt = 10
+    """Steps between lines of `metrics.jsonl`."""
     validate_every: PositiveInt = 200
     """Steps between validations on the store's validation patients."""
     validate_batches: PositiveInt = 4
+    """Batches of each validation."""
     stall_minutes: PositiveFloat = 10.0
     """Minutes without a step that ends, after which each process says so and writes its Python stacks to the run."""
     profile: ProfileConfig | None = None
@@ -111,6 +122,8 @@ HIGHER, LOWER = (
 
 
 class CheckpointConfig(Config):
+    """What a run keeps to go on from and to evaluate."""
+
     every: PositiveInt = 200
     """Steps between checkpoints; the last step is always saved."""
     keep: PositiveInt = 2

@@ -26,7 +26,9 @@ class CaptionConfig(TaskConfig):
     """Cross-entropy of each next token of one text field, no text being shown to the fusion."""
 
     kind: Literal["caption"] = "caption"
+    """Which task it is."""
     field: str
+    """Text field that is written."""
     decoder: TransformerConfig
     """Causal, with cross-attention to the latents in every block."""
     tied: bool = False

@@ -31,7 +31,9 @@ class ClassificationConfig(TaskConfig):
     """Cross-entropy of one of the store's labels."""
 
     kind: Literal["classification"] = "classification"
+    """Which task it is."""
     label: str
+    """Label of the store that is learnt."""
     smoothing: Probability = 0.0
     """Share of the target spread over all classes (arXiv:1512.00567)."""
     dropout: Probability = 0.0

@@ -42,8 +42,11 @@ class ZeroShot(Config):
     """A label read off image-text similarity: mean over positive minus mean over negative prompts."""
 
     label: str
+    """Label of the store, of two classes, that prompts are to answer."""
     positive: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Prompts of the second class."""
     negative: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Prompts of the first class."""
     contexts: Count = 100
     """Training texts in which the prompts stand, at most: of those that hold one of the prompts, with every other in
     its place. A prompt alone is shorter than any text that was trained on. Where none holds one, all stand alone."""
@@ -59,6 +62,7 @@ class ContrastiveConfig(TaskConfig):
     of_evaluation: ClassVar[tuple[str, ...]] = ("zero_shot",)
 
     kind: Literal["contrastive"] = "contrastive"
+    """Which task it is."""
     between: tuple[Modality, Modality] = ("image", "text")
     """The two modalities that are compared."""
     loss: Literal["sigmoid", "softmax"] = "sigmoid"

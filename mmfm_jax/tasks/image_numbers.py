@@ -31,6 +31,7 @@ class ImageNumbersConfig(TaskConfig):
     """Size, extents, surface, shape and intensities of every image that is not packed, by `losses/image_numbers.py`."""
 
     kind: Literal["image_numbers"] = "image_numbers"
+    """Which task it is."""
 
     def needs(self) -> Needs:
         return Needs(modalities={"kind": ("image",)})

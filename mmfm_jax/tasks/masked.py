@@ -42,15 +42,20 @@ class PartWeights(Config):
     """Factors of the parts of the loss: of each image role, each text field, the numbers and the categories."""
 
     image: NotNegative = 1.0
+    """Of hidden patches."""
     text: NotNegative = 1.0
+    """Of hidden tokens."""
     numbers: NotNegative = 1.0
+    """Of hidden numbers of the table."""
     categories: NotNegative = 1.0
+    """Of hidden categories of the table."""
 
 
 class MaskedConfig(TaskConfig):
     """Hides a share of each modality and predicts it from what is left of all."""
 
     kind: Literal["masked"] = "masked"
+    """Which task it is."""
     image: Probability = 0.6
     """Share of the patches that is hidden."""
     text: Probability = 0.3
