@@ -69,7 +69,7 @@ def _field(name: str, of: Schema, part: Schema) -> str:
     told = [_type(of)]
     if name in part.get("required", ()):
         told.append("required")
-    elif "default" in of and OWN not in told[0] or of.get("default", of) is None:
+    elif "default" in of and (OWN not in told[0] or of["default"] is None):
         told.append(f"default `{json.dumps(of['default'], ensure_ascii=False)}`")
     return f"- **{name}** ({', '.join(told)}): {_flat(of['description'])}"
 
@@ -79,7 +79,7 @@ def _type(of: Schema) -> str:
     if "const" in of:
         return f"`{of['const']}`"
     if "enum" in of:
-        return " or ".join(f"`{value}`" for value in of["enum"])
+        return " or ".join(f"`{value}`" if value else '`""`' for value in of["enum"])
     if "$ref" in of or "oneOf" in of:
         return OWN
     if "anyOf" in of:

@@ -34,8 +34,8 @@ def test_types_limits_defaults_and_places_are_told_in_words():
     for line in (
         "- **seed** (integer at least 0, default `0`): ",
         "- **steps** (integer above 0, required): ",
-        "- **flip** (number at least 0 below 1 or [number at least 0 below 1, number at least 0 below 1, number at least "
-        "0 below 1], default `0.0`): ",
+        "- **recall_at** (list of integer above 0, default `[1, 5, 10]`): ",
+        "- **shift_mm** (number at least 0, default `0.0`): ",
         "- **normalise** (fields of its own or `zscore` or `zscore_foreground` or null, default `null`): ",
         "- **images** (by name, each with fields of its own): ",
         "- **groups** (list, each with fields of its own): ",
