@@ -9,8 +9,8 @@ comma := ,
 RUN := runs/demo
 # libtpu (213 MB) lets `mmfm plan` be tested without a TPU; leave `tpu` out and those tests are skipped.
 # torch comes from PyPI with several GB of CUDA on Linux unless pip is shown a CPU build (PIP_FLAGS); leave `reference`
-# out to do without: make test TEST_EXTRAS=samples,test,ingest,quantised,tpu
-TEST_EXTRAS ?= samples,test,ingest,presidio,quantised,reference,tpu
+# out to do without: make test TEST_EXTRAS=samples,evaluate,test,ingest,presidio,quantised,tpu
+TEST_EXTRAS ?= samples,evaluate,test,ingest,presidio,quantised,reference,tpu
 # Files are handed out in their order, the longest first (tests/conftest.py). A worker that crashes is not replaced:
 # pytest-xdist 3.8 then waits for ever (its issues 1323, 1327 and 1378).
 PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
@@ -20,7 +20,7 @@ test test-newest axes: export GLIBC_TUNABLES := glibc.malloc.hugetlb=0 # they ta
 
 .DEFAULT_GOAL := help
 .PHONY: help rows demo test lint test-newest axes launch-slurm ingest-ray seeds curve precision scan feed films memory bench
-.PHONY: pods gpu clean
+.PHONY: pods gpu fields clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installs into one environment would meet
 
@@ -40,15 +40,15 @@ define install  # of the extras $(1) into $(VENV)
 endef
 
 $(VENV)/.samples: pyproject.toml
-	$(call install,samples)
+	$(call install,samples$(comma)evaluate)
 
 $(VENV)/.idc: pyproject.toml
-	$(call install,idc)
+	$(call install,idc$(comma)evaluate)
 
 $(VENV)/.test: pyproject.toml
 	$(call install,$(TEST_EXTRAS))
 
-RAY_EXTRAS := samples,test,ingest,ray
+RAY_EXTRAS := samples,evaluate,test,ingest,ray
 $(VENV)/.ray: pyproject.toml
 	$(call install,$(RAY_EXTRAS))
 
@@ -83,7 +83,7 @@ NEWEST = $(firstword $(foreach p,python3.12 python3.13 python3.14 python3 $(wild
 
 test-newest:  ## run the tests on python3.12 or newer with the newest jax
 	@test -n "$(NEWEST)" || { echo "no python3.12 or newer was found; put one on the PATH" >&2; exit 2; }
-	@$(MAKE) --no-print-directory PYTHON=$(NEWEST) VENV=.venv-newest TEST_EXTRAS=samples,test,ingest,quantised,tpu \
+	@$(MAKE) --no-print-directory PYTHON=$(NEWEST) VENV=.venv-newest TEST_EXTRAS=samples,evaluate,test,ingest,quantised,tpu \
 	  PIP_FLAGS='$(PIP_FLAGS) --upgrade --upgrade-strategy eager' .venv-newest/.test
 	@.venv-newest/bin/python -c 'import jax, flax; print("jax", jax.__version__, "flax", flax.__version__)'
 	.venv-newest/bin/python -m pytest $(PYTEST_FLAGS)
@@ -104,7 +104,7 @@ curve: $(VENV)/.samples  ## the demo on a quarter, half and all of its training 
 	@$(BIN)/python benchmarks/curve.py
 
 $(VENV)/.quantised: pyproject.toml
-	$(call install,samples$(comma)quantised)
+	$(call install,samples$(comma)evaluate$(comma)quantised)
 
 precision: $(VENV)/.quantised  ## the demo's first steps in float32, bfloat16, int8 and fp8 (eight minutes)
 	@$(BIN)/python benchmarks/precision.py
@@ -133,6 +133,12 @@ gpu:  ## what one GPU does, as rows of docs/performance.md: make gpu PYTHON=pyth
 
 bench: $(VENV)/.samples  ## speed of reading and of the training step on this machine
 	@$(BIN)/python benchmarks/speed.py
+
+fields: $(VENV)/.samples  ## the schemas and the pages of all fields anew, after a change to one
+	@$(BIN)/mmfm schema > configs/experiment.schema.json
+	@$(BIN)/mmfm schema dataset > configs/data/dataset.schema.json
+	@$(BIN)/mmfm schema experiment --markdown > docs/experiment.md
+	@$(BIN)/mmfm schema dataset --markdown > docs/dataset.md
 
 clean:  ## remove environments and caches; stores and runs stay
 	rm -rf .venv .venv-newest .pytest_cache .ruff_cache .hypothesis dist

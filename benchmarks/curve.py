@@ -7,11 +7,11 @@ patients is that of `make seeds`.
 from __future__ import annotations
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from seeds import SPLIT_KEYS, cell, measured
 
 from mmfm_jax.data.store.study_store import StudyStore
+from mmfm_jax.screen import make_console
 
 SHARES = (0.25, 0.5, 1.0)
 SEEDS = (0, 1)
@@ -35,7 +35,7 @@ def main() -> None:
         table.add_column(f"{patients(share)} patients, seed {seed}")
     for name in SHOWN:
         table.add_row(name, *(cell(measures, name) for measures in runs.values()))
-    Console(width=200).print(table)
+    make_console(width=200).print(table)
 
 
 if __name__ == "__main__":

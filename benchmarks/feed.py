@@ -16,7 +16,6 @@ from statistics import median
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from mmfm_jax.bench.models import builtin
@@ -32,6 +31,7 @@ from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.experiment import Experiment, validate
 from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.plan.lower import assumed_spec, make_program
+from mmfm_jax.screen import make_console
 from mmfm_jax.train import loop
 from mmfm_jax.train.flops import PEAK_TFLOPS, step_flops
 
@@ -107,7 +107,7 @@ def trained(experiment: Experiment, seconds: float, folder: Path) -> tuple[float
     try:
         for name, value in replaced.items():
             setattr(loop, name, value)
-        loop.train(experiment, folder, Console(quiet=True))
+        loop.train(experiment, folder, make_console(quiet=True))
     finally:
         for name, value in before.items():
             setattr(loop, name, value)
@@ -158,7 +158,7 @@ def main() -> None:
     table.add_row("pipeline alone", f"{rate:.0f} crops/s, {rate * 96 * 192 * 192 * 2 / 1e9:.2f} GB/s of voxels")
     table.add_row("a crop costs", f"{1e3 * cost:.1f} ms of a core: the step needs {cost * size / seconds:.1f} cores")
     table.add_row("store written", f"{written:.1f} s")
-    Console().print(table)
+    make_console().print(table)
 
 
 if __name__ == "__main__":

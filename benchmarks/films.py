@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from mmfm_jax.bench.cores import core_seconds
@@ -26,6 +25,7 @@ from mmfm_jax.data.feed.tokenizer import Tokenizer
 from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.data.study import ColumnSpec, Image, ImageSpec, LabelSpec, Schema, Study
+from mmfm_jax.screen import make_console
 
 SIDE, WORDS, BATCH = 224, 60, 64
 SCHEMA = Schema(
@@ -100,7 +100,7 @@ def main() -> None:
         for workers in args.workers:
             cost, here, rate = measure(samples, workers, args.threads, max(1, args.films // BATCH), args.turns)
             table.add_row(str(workers), f"{cost:.3f}", f"{here:.3f}", f"{rate:,.0f}")
-    Console().print(table)
+    make_console().print(table)
 
 
 if __name__ == "__main__":

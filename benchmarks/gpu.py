@@ -97,10 +97,9 @@ def attention_kernels(tiny: bool) -> Iterator[dict[str, Any]]:
 
 def data_stall(tiny: bool) -> Iterator[dict[str, Any]]:
     """`mmfm train` of vit-l-3d on synthetic CT volumes: the share of a step that waits for data."""
-    from rich.console import Console
-
     from mmfm_jax.bench.volumes import SCHEMA, ct_studies
     from mmfm_jax.data.store.writer import write_store
+    from mmfm_jax.screen import make_console
     from mmfm_jax.train.loop import train
 
     splits = ["train"] * (3 if tiny else 10) + ["validation", "test"]
@@ -113,7 +112,7 @@ def data_stall(tiny: bool) -> Iterator[dict[str, Any]]:
             train={"steps": steps, "log_every": 2 if tiny else 10, "validate_every": steps, "validate_batches": 1},
             checkpoint={"every": steps, "best": None},
         )  # fmt: skip
-        train(config, Path(folder) / "run", Console(quiet=True))
+        train(config, Path(folder) / "run", make_console(quiet=True))
         lines = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
     waits = [line["data_wait"] for line in lines if "data_wait" in line]
     rates = [line["samples_per_second"] for line in lines if "samples_per_second" in line]

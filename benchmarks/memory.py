@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 from typing import cast
 
-from rich.console import Console
 from rich.table import Table
 
 from mmfm_jax.bench.data import Reading, builtin
 from mmfm_jax.bench.volumes import SCHEMA, ct_studies
 from mmfm_jax.data.store.writer import write_store
+from mmfm_jax.screen import make_console
 
 VOLUMES, SLICES = 24, 256
 BESIDES = 256 * 2**20
@@ -70,7 +70,7 @@ def main() -> None:
             if number and number % (args.batches // 10) == 0:
                 seconds = time.perf_counter() - started
                 table.add_row(f"{number}", f"{(resident() - before) / 2**20:.0f}", f"{seconds:.0f}")
-    Console().print(table)
+    make_console().print(table)
     store, cache, most, bound_ = (n / 2**20 for n in (VOLUMES * SLICES * 512 * 512 * 2, cache, most, allowed))
     print(
         f"Voxels {store:.0f} MiB, cache {cache:.0f} MiB; resident at most {most:.0f} MiB more, bound {bound_:.0f} MiB."

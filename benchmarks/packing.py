@@ -15,13 +15,13 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from mmfm_jax.data.batch import ImageShape
 from mmfm_jax.data.feed import packing
 from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.experiment import load_experiment
+from mmfm_jax.screen import make_console
 
 ROLE, STORE, MMFM = "nodule", "data/lidc", [sys.executable, "-m", "mmfm_jax.cli"]
 WHOLE = ["--inputs.images.nodule.size", "36", "36", "36"]  # the demo at the largest extent that is packed
@@ -94,7 +94,7 @@ def main() -> None:
         empty = float(np.mean(logged)) if logged else 1 - patches(found) / (len(found) * math.prod(whole))
         row = (f"{speed[name]:.0f}", f"{speed[name] / first:.2f}", f"{1e3 * flops:.2f}", f"{100 * empty:.0f}%")
         table.add_row(name, *row)
-    Console().print(table, rows())
+    make_console().print(table, rows())
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from mmfm_jax.plan.chips import GIB
 from mmfm_jax.plan.kept import KEPT, Pair, digest
+from mmfm_jax.screen import make_console
 
 
 def planned(pair: Pair) -> dict:
@@ -55,7 +55,7 @@ def main() -> None:
         step = f"{row['step_seconds']:.3g} s" if row["fits"] else "does not fit"
         mfu = f"{100 * row['mfu']:.1f}%" if row["fits"] else ""
         table.add_row(row["config"], where, f"{row['hbm_gib']} of {row['hbm_limit_gib']} GiB", step, mfu, row["date"])
-    Console().print(table)
+    make_console().print(table)
     sys.exit(0 if all(row["fits"] for row in rows) else 1)
 
 

@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 from statistics import fmean
 
-from rich.console import Console
 from rich.table import Table
 from seeds import CONFIG, SPLIT_KEYS, mmfm
+
+from mmfm_jax.screen import make_console
 
 RUNS = Path("runs/precision")
 STEPS = 400
@@ -50,7 +51,7 @@ def main() -> None:
     for name in ("loss", "validation/loss"):
         less = {way: 100 * (of[name] / losses["bfloat16"][name] - 1) for way, of in losses.items()}
         table.add_row(f"{name} beside bfloat16", *(f"{percent:+.1f}%" for percent in less.values()))
-    Console(width=120).print(table)
+    make_console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ import time
 from statistics import median
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from mmfm_jax.experiment import load_experiment
 from mmfm_jax.parallel.mesh import make_mesh
 from mmfm_jax.plan.lower import assumed_spec, make_program
+from mmfm_jax.screen import make_console
 
 CONFIG = "configs/demo.yaml"
 DEPTHS = (12, 48)
@@ -50,8 +50,8 @@ def main() -> None:
         table.add_row(str(depth), *(f"{median(times):.2f}" for times in (*zip(*runs), [sum(run) for run in runs])))
     few, many = measured.values()
     ratios = [sum(b) / sum(a) for a, b in zip(few, many)]
-    Console().print(table)
-    Console().print(
+    make_console().print(table)
+    make_console().print(
         f"{DEPTHS[1]} layers take {median(ratios):.2f} times what {DEPTHS[0]} take "
         f"({min(ratios):.2f} to {max(ratios):.2f})."
     )

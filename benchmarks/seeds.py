@@ -10,8 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+
+from mmfm_jax.screen import make_console
 
 CONFIG = "configs/demo.yaml"
 RUNS = Path("runs/seeds")
@@ -66,7 +67,7 @@ def main() -> None:
     table = Table("measure", *runs, title="Held-out patients, 95% intervals")
     for name in SHOWN:
         table.add_row(name, *(cell(measures, name) for measures in runs.values()))
-    Console(width=160).print(table)
+    make_console(width=160).print(table)
 
 
 if __name__ == "__main__":

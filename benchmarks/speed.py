@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from mmfm_jax.data.feed.example import Samples
@@ -22,6 +21,7 @@ from mmfm_jax.data.feed.spec import make_spec
 from mmfm_jax.data.feed.tokenizer import Tokenizer
 from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.experiment import load_experiment
+from mmfm_jax.screen import make_console
 
 CONFIG, STORE = "configs/demo.yaml", "data/lidc"
 READ_S = 10
@@ -69,7 +69,7 @@ def main() -> None:
     table.add_row("studies read per second", f"{reading_rate():.0f}")
     for name, value in training_metrics().items():
         table.add_row(name.replace("_", " "), f"{value:.3g}")
-    Console().print(table)
+    make_console().print(table)
 
 
 if __name__ == "__main__":

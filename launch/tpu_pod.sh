@@ -45,7 +45,7 @@ install() {
   git -C "$root" archive --format=tar.gz -o "$scratch/mmfm.tar.gz" HEAD || exit 2
   gcloud compute tpus tpu-vm scp "$scratch/mmfm.tar.gz" "$name:mmfm.tar.gz" --zone="$ZONE" --worker=all &&
     workers "mkdir -p mmfm && tar -xzf mmfm.tar.gz -C mmfm && cd mmfm && python3 -m venv .venv &&
-      .venv/bin/pip install -q . 'jax[tpu]'"
+      .venv/bin/pip install -q -c constraints.txt '.[tpu]'"
 }
 
 # Runs the command on every worker; the statuses that they end with, one a line, are in $scratch/statuses.

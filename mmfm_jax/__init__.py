@@ -1,3 +1,3 @@
-"""mmfm_jax: pretrain medical multimodal foundation models on TPU and GPU pods."""
+"""mmfm_jax: pretrain medical multimodal foundation models in JAX."""
 
 __version__ = "0.1.0"

@@ -23,16 +23,24 @@ if TYPE_CHECKING:
 STARTED = time.perf_counter()
 
 EXAMPLES = {
+    "init": "mmfm init demo",
     "sample": "mmfm sample lidc --out data/lidc",
-    "ingest": "mmfm ingest configs/data/chest_ct.yaml --out data/chest",
-    "rejects": "mmfm rejects data/chest configs/data/chest_ct.yaml",
+    "ingest": "mmfm ingest chest_ct.yaml --out data/chest",
+    "rejects": "mmfm rejects data/chest chest_ct.yaml",
     "inspect": "mmfm inspect data/lidc",
-    "train": "mmfm train configs/demo.yaml --run runs/demo --train.steps 500",
+    "train": "mmfm train demo.yaml --run runs/demo --train.steps 500",
     "evaluate": "mmfm evaluate runs/demo",
-    "plan": "mmfm plan configs/pod.yaml --topology v5e:16x16 --price 1.2 --train.batch_size 2048",
+    "plan": "mmfm plan pod.yaml --topology v5e:16x16 --price 1.2 --train.batch_size 2048",
     "bench": "mmfm bench train vit-s --rounds 10, or: mmfm bench data ct-96",
-    "schema": "mmfm schema > configs/experiment.schema.json",
+    "schema": "mmfm schema > experiment.schema.json",
 }
+
+
+def init(args: argparse.Namespace) -> None:
+    """Writes a commented experiment or description of a data set to start from; without a name, lists them."""
+    from mmfm_jax.config.examples import listing, write_example
+
+    print(listing() if args.name is None else write_example(args.name, args.out))
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -86,14 +94,17 @@ def inspect(args: argparse.Namespace) -> None:
 
     The page lies in the store's folder, or in the working directory where that is none or may not be written.
     """
-    from mmfm_jax.data.inspect.page import write_page
     from mmfm_jax.data.inspect.summary import summary
     from mmfm_jax.data.store.study_store import StudyStore
+    from mmfm_jax.extras import check_installed
 
     store = StudyStore.open(args.store)
     if args.verify:
         store.verify()
     make_console().print(summary(store))
+    check_installed("the page of inspect", ["matplotlib"], "evaluate")
+    from mmfm_jax.data.inspect.page import write_page
+
     print(f"\n{printable(str(write_page(store, args.out)))}")
 
 
@@ -197,7 +208,7 @@ def bench(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def schema(args: argparse.Namespace) -> None:
-    """Prints the JSON schema of a configuration, or of a data set to ingest, for editors."""
+    """Prints the JSON schema of a configuration, or of a data set to ingest, for editors; or its fields as a page."""
     import json
 
     if args.of == "dataset":
@@ -206,7 +217,13 @@ def schema(args: argparse.Namespace) -> None:
         from mmfm_jax.experiment import experiment_type
 
         described = experiment_type()
-    print(json.dumps(described.model_json_schema(), indent=1))
+    if args.markdown:
+        from mmfm_jax.config.markdown import markdown
+
+        title = "Fields of a description of a data set" if args.of == "dataset" else "Fields of an experiment"
+        print(markdown(title, f"mmfm schema {args.of} --markdown", described.model_json_schema()))
+    else:
+        print(json.dumps(described.model_json_schema(), indent=1))
 
 
 FIELDS = """Any field can be set, after CONFIG: --train.steps 500, --train.steps=500, --inputs.images.ct.size 32 64 64.
@@ -262,6 +279,9 @@ def parser() -> Parser:
         added.set_defaults(function=function)
         return added
 
+    of_init = verb(init)
+    of_init.add_argument("name", nargs="?", help="demo, chest_ct or another of those that are listed without a name")
+    of_init.add_argument("--out", type=Path, metavar="FILE", help="where it goes (NAME.yaml in the working directory)")
     of_sample = verb(sample)
     of_sample.add_argument(
         "name",
@@ -272,7 +292,7 @@ def parser() -> Parser:
     of_sample.add_argument("--out", required=True, help="folder or TensorStore URL of the store to build")
     of_sample.add_argument("--split-key", default="mmfm", help="key of the hash that deals patients to splits")
     of_ingest = verb(ingest)
-    of_ingest.add_argument("dataset", type=Path, help="description of the data set in YAML; see configs/data")
+    of_ingest.add_argument("dataset", type=Path, help="description of the data set in YAML; `mmfm init` lists examples")
     of_ingest.add_argument("--out", required=True, help="folder or TensorStore URL of the store to build")
     of_ingest.add_argument("--append", action="store_true", help="add new inputs to a store that is there")
     of_ingest.add_argument(
@@ -325,6 +345,7 @@ def parser() -> Parser:
     of_plan.add_argument("--json", action="store_true", help="print data instead of tables")
     of_schema = verb(schema)
     of_schema.add_argument("of", nargs="?", choices=["experiment", "dataset"], default="experiment")
+    of_schema.add_argument("--markdown", action="store_true", help="print every field and what it means, to read")
     of_bench = verb(bench)
     of_bench.add_argument(
         "what", choices=["train", "data"], help="train: forward, backward and update; data: reading training batches"

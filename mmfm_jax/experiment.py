@@ -37,15 +37,23 @@ class Experiment(Config):
     seed: Seed = 0
     """Of initialisation, shuffling, augmentation and masking."""
     inputs: Inputs
+    """What the model is given: images, texts and columns of a study."""
     data: DataConfig
+    """Where studies are read and how they reach the model."""
     model: ModelConfig
+    """Sizes of the encoders and of their fusion."""
     tasks: dict[str, TaskConfig]
     """Proxy tasks by a name of yours; the run minimises their weighted sum."""
     mesh: MeshConfig = MeshConfig()
+    """How devices share the work."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """How parameters move."""
     train: TrainConfig
+    """How long the run is and how a step is taken."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """What the run keeps."""
     evaluate: EvaluateConfig = EvaluateConfig()
+    """What is measured on held-out patients."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -107,7 +115,8 @@ def experiment_type() -> type[Experiment]:
 def _experiment_of(configs: tuple[type[TaskConfig], ...]) -> type[Experiment]:
     union: Any = functools.reduce(operator.or_, configs)
     tasks: Any = dict[str, Annotated[union, Field(discriminator="kind")]]
-    return create_model("Experiment", __base__=Experiment, __doc__=Experiment.__doc__, tasks=(tasks, ...))
+    told = Field(description=Experiment.model_fields["tasks"].description)
+    return create_model("Experiment", __base__=Experiment, __doc__=Experiment.__doc__, tasks=(tasks, told))
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -115,7 +124,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
     Raises UserError with one sentence that names the file, the field and what is wrong.
     """
-    return validate(read_yaml(path, "an experiment in YAML, such as configs/demo.yaml"), str(path), overrides)
+    return validate(read_yaml(path, "an experiment in YAML, such as `mmfm init demo` writes"), str(path), overrides)
 
 
 def changed(experiment: Experiment, overrides: Sequence[str], source: str) -> Experiment:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-VERBS = ("sample", "inspect", "train", "evaluate", "plan", "bench", "schema")
+VERBS = ("init", "sample", "ingest", "rejects", "inspect", "train", "evaluate", "plan", "bench", "schema")
 
 
 def test_help_imports_neither_jax_nor_anything_else_that_is_slow():
@@ -45,12 +45,21 @@ def test_the_schema_is_one_an_editor_can_use(capsys):
     assert set(kinds) == {"contrastive", "masked", "classification", "caption", "image_numbers"}
 
 
-def test_the_committed_schema_is_current(capsys):
+@pytest.mark.parametrize(
+    "of, file",
+    [
+        (["experiment"], "configs/experiment.schema.json"),
+        (["experiment", "--markdown"], "docs/experiment.md"),
+        (["dataset", "--markdown"], "docs/dataset.md"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_the_committed_schema_is_current(of, file, capsys):
     from mmfm_jax.cli import main
 
-    main(["schema"])
-    committed = Path(__file__).parents[1] / "configs" / "experiment.schema.json"
-    assert committed.read_text() == capsys.readouterr().out, "run: mmfm schema > configs/experiment.schema.json"
+    main(["schema", *of])
+    committed = Path(__file__).parents[1] / file
+    assert committed.read_text() == capsys.readouterr().out, f"run: mmfm schema {' '.join(of)} > {file}"
 
 
 @pytest.mark.parametrize(

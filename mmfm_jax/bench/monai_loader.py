@@ -20,6 +20,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from mmfm_jax.extras import pip_install
+
 WAYS = {"plain": (1, None), "persistent": (8, None), "persistent_float32": (8, np.float32)}
 """Batches that each worker makes, and the dtype."""
 
@@ -29,7 +31,7 @@ def why_not() -> str | None:
     missing = [name for name in ("monai", "nibabel") if find_spec(name) is None]
     if not missing:
         return None
-    return f"{' and '.join(missing)} not installed (pip install 'mmfm_jax[reference,ingest]')"
+    return f"{' and '.join(missing)} not installed; {pip_install('reference', 'ingest')}"
 
 
 def write(path: Path, voxels: np.ndarray, spacing_mm: Sequence[float]) -> None:

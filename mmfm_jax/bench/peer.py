@@ -13,7 +13,6 @@ Where the two models differ at equal widths, depths, heads, tokens and loss:
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -25,15 +24,6 @@ DIFFERENCES = (
     "Ours has rotary positions, RMSNorm, norms of queries and keys and no biases; SigLIP learned positions, LayerNorm, "
     "biases and an MLP in its image pooling."
 )
-
-
-def check_installed() -> None:
-    """Raises UserError when PyTorch or transformers is missing."""
-    if missing := [name for name in ("torch", "transformers") if find_spec(name) is None]:
-        raise UserError(
-            f"bench train: compares with {' and '.join(missing)}, which is not installed; "
-            "install it with `pip install 'mmfm_jax[reference]'`"
-        )
 
 
 def check_comparable(experiment: Experiment) -> None:

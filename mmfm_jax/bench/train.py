@@ -21,6 +21,7 @@ from mmfm_jax.bench.models import FOR_PLATFORM, MODELS, builtin
 from mmfm_jax.bench.ours import Ours, matmul_peak
 from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment, changed, load_experiment
+from mmfm_jax.extras import check_installed
 from mmfm_jax.screen import make_console
 
 WARM_UP = 2
@@ -56,7 +57,7 @@ class Comparison:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     """The verb. Raises UserError when a side is not installed or knows nothing like the experiment."""
-    peer.check_installed()
+    check_installed("bench train", ["torch", "transformers"], "reference")
     where = jax.default_backend()
     if where not in FOR_PLATFORM:
         raise UserError(f"bench train: PyTorch is compared with on cpu and gpu, and this machine's devices are {where}")

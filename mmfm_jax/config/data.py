@@ -103,6 +103,7 @@ class DataConfig(Config):
     tokenizer: Place | None = None
     """A Hugging Face tokenizer.json to use instead of training one."""
     augment: Augment = Augment()
+    """Random changes of training images."""
     reader_threads: PositiveInt = 8
     """Threads that read and crop studies ahead of the step; they change the speed, never the batches."""
     workers: Count = 0

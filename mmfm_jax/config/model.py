@@ -53,6 +53,8 @@ class TransformerConfig(Config):
 
 
 class VisionConfig(TransformerConfig):
+    """The encoder of images."""
+
     registers: Count = 4
     """Learned tokens beside the patches that hold global information (arXiv:2309.16588)."""
     wavelengths_mm: Annotated[tuple[PositiveFloat, PositiveFloat], Order("shortest and longest")] = (4.0, 2000.0)
@@ -60,11 +62,15 @@ class VisionConfig(TransformerConfig):
 
 
 class TableConfig(TransformerConfig):
+    """The encoder of the columns."""
+
     frequencies: PositiveInt = 16
     """Sine and cosine features of each number (arXiv:2203.05556)."""
 
 
 class FusionConfig(TransformerConfig):
+    """The fusion of images, texts and columns."""
+
     latents: PositiveInt = 16
     """Learned queries that cross-attend to every token present (Perceiver, arXiv:2103.03206)."""
     drop: Probability = 0.0
@@ -75,8 +81,12 @@ class ModelConfig(Config):
     """The encoders and their fusion. Widths may differ; tokens are projected to the width of the fusion."""
 
     vision: VisionConfig
+    """Encoder of images."""
     text: TransformerConfig
+    """Encoder of texts."""
     table: TableConfig
+    """Encoder of the columns."""
     fusion: FusionConfig
+    """What fuses the tokens of all three."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations and matmuls; parameters are float32."""

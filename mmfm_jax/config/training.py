@@ -87,6 +87,8 @@ class ProfileConfig(Config):
 
 
 class TrainConfig(Config):
+    """How long a run is, how a step is taken and what it tells."""
+
     steps: PositiveInt
     """Of the whole run; a run that goes on counts those that it took."""
     batch_size: PositiveInt
@@ -122,6 +124,8 @@ HIGHER, LOWER = (
 
 
 class CheckpointConfig(Config):
+    """What a run keeps to go on from and to evaluate."""
+
     every: PositiveInt = 200
     """Steps between checkpoints; the last step is always saved."""
     keep: PositiveInt = 2

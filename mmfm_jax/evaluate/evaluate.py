@@ -9,9 +9,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from rich import box, markup
+from rich import box
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table as RichTable
 
 from mmfm_jax import files
@@ -26,6 +25,7 @@ from mmfm_jax.evaluate.pictures import middle_slice
 from mmfm_jax.evaluate.plain import drawn_rows, read_plain
 from mmfm_jax.evaluate.report import write_report
 from mmfm_jax.evaluate.splits import AllTexts, OfTexts, collect, extractor
+from mmfm_jax.extras import check_installed
 from mmfm_jax.metrics.baselines import RESERVED, baselines, linear_probes
 from mmfm_jax.metrics.bootstrap import Bootstrap
 from mmfm_jax.metrics.findings import Exhibit, Findings, Forest
@@ -33,7 +33,7 @@ from mmfm_jax.metrics.held_out import HeldOut, LogProbability, Split, View, Word
 from mmfm_jax.metrics.label import UNTRAINED, tell
 from mmfm_jax.metrics.origin import PROBE, origin
 from mmfm_jax.metrics.statistics import Measure
-from mmfm_jax.screen import make_console, plain, printable
+from mmfm_jax.screen import counted, make_console, plain, printable
 from mmfm_jax.train import folder
 from mmfm_jax.train.checkpoint import TrainedRun, load_run
 from mmfm_jax.train.state import initial_learner
@@ -65,6 +65,7 @@ def evaluate(run: str | Path, console: Console | None = None, remote: bool = Fal
         raise UserError(
             "evaluation runs in one process (over all its devices); start `mmfm evaluate` on one host alone"
         )
+    check_installed("evaluate", ["matplotlib", "sklearn"], "evaluate")
     run, console = Path(run), console or make_console()
     places = folder.read(run)[0].data.places
     for place in places:
@@ -110,13 +111,7 @@ def measure_run(trained: TrainedRun, store: Studies, samples: Samples, console: 
             samples, name, batch_size, np.arange(batch_size), workers=experiment.data.workers, studies=rows
         )
         further = AllTexts(samples.readings, spec, trained.tokenizer, config.max_texts) if spec.texts else None
-        progress = track(
-            batches,
-            markup.escape(f"{printable(name)} studies"),
-            -(-len(rows) // batch_size),
-            console=console,
-            transient=True,
-        )
+        progress = counted(batches, f"{printable(name)} studies", console, -(-len(rows) // batch_size))
         return collect(extract, progress, store.patients, ask, further)
 
     test = split(config.split, store.rows(config.split))

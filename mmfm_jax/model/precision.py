@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from mmfm_jax.data.batch import Array
 from mmfm_jax.errors import UserError
+from mmfm_jax.extras import pip_install
 
 Precision = Literal["dtype", "int8", "fp8"]
 TYPES = {  # of activations and kernels, of gradients: the fp8 of more range (arXiv:2209.05433)
@@ -29,7 +30,7 @@ def check_installed(precision: Precision) -> None:
         import qwix  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"model: precision {precision} needs qwix; install it with `pip install 'mmfm_jax[quantised]'`"
+            f"model: precision {precision} needs qwix, which is not installed; {pip_install('quantised')}"
         ) from error
 
 

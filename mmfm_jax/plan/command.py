@@ -18,6 +18,7 @@ from mmfm_jax.plan.links import DCN
 from mmfm_jax.plan.phases import Phases
 from mmfm_jax.plan.plan import Plan, as_json, make_plan
 from mmfm_jax.plan.report import report
+from mmfm_jax.screen import make_console
 
 
 def run(args: argparse.Namespace, experiment: Experiment) -> None:

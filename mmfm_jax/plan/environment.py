@@ -6,6 +6,7 @@ import os
 from importlib.util import find_spec
 
 from mmfm_jax.errors import UserError
+from mmfm_jax.extras import pip_install
 from mmfm_jax.parallel.flags import TPU_FLAGS
 
 
@@ -15,9 +16,7 @@ def compile_without_devices() -> None:
     Raises UserError when libtpu is not installed.
     """
     if find_spec("libtpu") is None:
-        raise UserError(
-            "plan: the TPU compiler is not installed; run pip install 'mmfm_jax[tpu]' (it needs no TPU to compile)"
-        )
+        raise UserError(f"plan: the TPU compiler, which needs no TPU, is not installed; {pip_install('tpu')}")
     os.environ["JAX_PLATFORMS"] = "cpu"
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",  # no metadata server to ask what machine this is

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
+from mmfm_jax.screen import text_column
 
 Phase = Callable[[str], None]
 """Told the name of each phase as it begins."""
@@ -22,7 +24,7 @@ class Phases:
 
     def __init__(self, console: Console):
         self._console = console
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        columns = (SpinnerColumn(), text_column("{task.description}"), TimeElapsedColumn())
         self._progress = Progress(*columns, console=console, transient=True)
         self._begun: list[tuple[str, float]] = []
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from mmfm_jax.plan.chips import GIB
 from mmfm_jax.plan.plan import Plan, narrow_gradients
@@ -97,7 +97,7 @@ def _largest(plan: Plan) -> Table:
         rate = f"{item.flops / item.seconds / 1e12:.0f}" if item.flops and item.seconds else ""
         what = f"{readable(item.op_name)} {item.name}" if item.op_name else item.name
         kind = item.category.removesuffix(" exposed").removesuffix("s")
-        table.add_row(escape(what), kind, _time(item.seconds), _share(item.seconds, plan), str(item.count), rate)
+        table.add_row(Text(what), kind, _time(item.seconds), _share(item.seconds, plan), str(item.count), rate)
     return table
 
 

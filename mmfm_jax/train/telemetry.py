@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 from mmfm_jax.files import open_own, replace
@@ -32,8 +32,8 @@ class Telemetry:
         self._open_lines(run / METRICS)
         self._board = SummaryWriter(str(run / TENSORBOARD), purge_step=first_step)
         columns = (
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[told]}"),
-            TextColumn("ETA"), TimeRemainingColumn(),
+            text_column("step"), MofNCompleteColumn(), BarColumn(), text_column("{task.fields[told]}"),
+            text_column("ETA"), TimeRemainingColumn(),
         )  # fmt: skip
         self._lines = Lines(console, steps)
         self._bar = Progress(*columns, console=console, disable=not self._lines.bar)

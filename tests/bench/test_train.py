@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from mmfm_jax import extras
 from mmfm_jax.bench import peer
 from mmfm_jax.bench.models import builtin
 from mmfm_jax.cli import main
@@ -90,7 +91,7 @@ def test_both_sides_learn_to_tell_their_batch_apart(tmp_path):
     ],
 )
 def test_what_siglip_does_not_know_is_refused_in_one_sentence(changes, said, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(peer, "find_spec", lambda name: name)
+    monkeypatch.setattr(extras, "find_spec", lambda name: name)
     raw = tiny()
     for part, fields in changes.items():
         raw[part] |= fields
@@ -100,11 +101,14 @@ def test_what_siglip_does_not_know_is_refused_in_one_sentence(changes, said, tmp
 
 
 def test_what_is_not_installed_or_not_known_is_one_sentence(capsys, monkeypatch):
-    monkeypatch.setattr(peer, "find_spec", lambda name: name)
+    monkeypatch.setattr(extras, "find_spec", lambda name: name)
     assert "resnet: is neither a file nor one of vit-s, vit-b" in refused(capsys, "resnet")
-    monkeypatch.setattr(peer, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     said = refused(capsys, "vit-s")
-    assert "compares with torch and transformers" in said and "pip install 'mmfm_jax[reference]'" in said
+    assert (
+        "bench train needs torch and transformers, which are not installed" in said
+        and "pip install 'mmfm_jax[reference]'" in said
+    )
 
 
 def refused(capsys, config: Path | str) -> str:

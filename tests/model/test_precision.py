@@ -128,7 +128,7 @@ def test_a_missing_qwix_is_one_sentence_that_names_the_extra(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(
-        UserError, match=r"precision int8 needs qwix; install it with `pip install 'mmfm_jax\[quantised"
+        UserError, match=r"precision int8 needs qwix, which is not installed; run `pip install 'mmfm_jax\[quantised"
     ):
         stack("int8", "none")
     stack("dtype", "none")

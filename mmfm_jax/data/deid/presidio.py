@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfm_jax.errors import UserError
+from mmfm_jax.extras import pip_install
 
 PATTERNS = "patterns"
 """Stands for the recognizers that need no language model."""
@@ -27,7 +28,7 @@ _RECOGNIZERS = (
 def check(model: str) -> None:
     """Raises UserError unless Presidio and the model are installed. `model`: as `Presidio` takes it."""
     if find_spec("presidio_analyzer") is None:
-        raise UserError("presidio, which texts ask for, is not installed; run `pip install 'mmfm_jax[presidio]'`")
+        raise UserError(f"presidio, which texts ask for, is not installed; {pip_install('presidio')}")
     if model != PATTERNS:
         import spacy
 

@@ -75,6 +75,7 @@ class ImageRole(Files):
     allow: tuple[Literal["burned_in_text", "face"], ...] = ()
     """Suspicions that were looked into: images that may show text, or a recognisable face, are refused otherwise."""
     description: str = ""
+    """For whoever reads the store."""
 
     @field_validator("series_description")
     @classmethod
@@ -103,6 +104,7 @@ class Mask(Files):
     table: str = ""
     """Table with a column of paths, instead of `files`."""
     column: str = ""
+    """That column: a file below the root."""
     classes: Annotated[tuple[str, ...], Field(min_length=1, max_length=255)]
     """In the store they are 1, 2, ... in this order, and 0 is background. Structures that overlap need masks of their
     own, which may be of the same files."""
@@ -112,6 +114,7 @@ class Mask(Files):
     others: Literal["refuse", "background"] = "refuse"
     """What becomes of a mask with segments of no declared class: refused, or they count as background."""
     description: str = ""
+    """For whoever reads the store."""
 
     @model_validator(mode="after")
     def _whole(self):
@@ -126,7 +129,9 @@ class Text(Files):
     """A field of text: a table's column or a folder of .txt files, whole or one section of it."""
 
     table: str = ""
+    """Table that holds it."""
     column: str = ""
+    """That column; by default the one of this name."""
     section: str = ""
     """Heading whose part is taken (findings, impression, indication, technique, comparison, or one of yours)."""
     scrub: bool = True
@@ -135,6 +140,7 @@ class Text(Files):
     """Adds Presidio to the rules: `patterns` for what needs no language model, or the name (or folder) of an installed
     spaCy model, such as en_core_web_lg, which finds names and places in running text too."""
     description: str = ""
+    """For whoever reads the store."""
 
     @model_validator(mode="after")
     def _one_place(self):
@@ -151,6 +157,7 @@ class Column(FromTable, FromEvents):
     """A typed column of the store, from a table's column, a declared tag of a DICOM series, or events."""
 
     kind: Literal["number", "category", "date"]
+    """What it holds: a number, a word of `vocabulary`, or a date."""
     unit: str = ""
     """Of a number. In years, months, weeks or days it counts as an age and is capped at 90 years."""
     vocabulary: tuple[str, ...] = ()
@@ -167,6 +174,7 @@ class Column(FromTable, FromEvents):
     tag: str = ""
     """DICOM keyword, such as KVP, PatientAge, ConvolutionKernel."""
     description: str = ""
+    """For whoever reads the store."""
 
     @model_validator(mode="after")
     def _fits_kind(self):
@@ -194,9 +202,11 @@ class Label(FromTable, FromEvents):
     """A class label, from a table's column or from events."""
 
     classes: tuple[str, ...]
+    """In the store they are 0, 1, ... in this order."""
     values: dict[str, str] = Field(default_factory=dict)
     """Spellings in the source and the class that they mean."""
     description: str = ""
+    """For whoever reads the store."""
     from_text: str = ""
     """The text that it was read out of, or that states it: a task that learns it is not shown that modality."""
 
@@ -246,17 +256,27 @@ class Dataset(Config):
     """A data set to ingest."""
 
     description: str = ""
+    """Of the whole, for whoever reads the store."""
     root: str = "."
     """Folder that all inputs are below; relative to this file."""
     key: Key = Key(env="MMFM_KEY")
+    """Where the secret is that hashes identifiers."""
     tables: dict[Name, Table] = Field(default_factory=dict)
+    """Tables, and resources of FHIR that are read as tables."""
     events: dict[Name, EventSource] = Field(default_factory=dict)
+    """Records with a code and a time, of which columns and labels are made."""
     images: dict[Name, ImageRole] = Field(default_factory=dict)
+    """Image roles: which images of a study play each."""
     masks: dict[Name, Mask] = Field(default_factory=dict)
+    """Segmentations of image roles."""
     texts: dict[Name, Text] = Field(default_factory=dict)
+    """Fields of text."""
     columns: dict[Name, Column] = Field(default_factory=dict)
+    """Numbers, categories and dates."""
     labels: dict[Name, Label] = Field(default_factory=dict)
+    """Classes to learn or to measure."""
     split: Split = Split()
+    """How patients are dealt to splits."""
 
     @model_validator(mode="after")
     def _joined(self):

@@ -19,6 +19,7 @@ class StudyTime(Config):
     """When a study took place: what windows are measured from."""
 
     table: str = ""
+    """Table with a column of times; none is needed where there is one table."""
     column: str = ""
     """Column of a date, with or without a time of day."""
     date_format: str = ""
@@ -37,6 +38,7 @@ class EventSource(Config):
     """Events in time: MEDS shards, or Observation and Condition resources of FHIR."""
 
     format: Literal["meds", "fhir"]
+    """MEDS (Parquet shards) or FHIR (.ndjson, .json)."""
     files: Annotated[Patterns, Field(min_length=1)]
     """Patterns below the root: the .parquet shards of MEDS, or the .json and .ndjson files of FHIR."""
     study_time: StudyTime | None = None

@@ -18,7 +18,7 @@ _NUMERIC = {"AS", "DS", "FD", "FL", "IS", "SL", "SS", "UL", "US"}
 
 def load_dataset(path: str | Path) -> Dataset:
     """Reads and checks a description. Raises UserError that names the file, the field and the mend."""
-    raw = read_yaml(path, "the description of a data set, such as those in configs/data")
+    raw = read_yaml(path, "the description of a data set, such as `mmfm init chest_ct` writes")
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds no description; it must be a mapping with images, texts or columns")
     try:

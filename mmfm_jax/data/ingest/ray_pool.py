@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from mmfm_jax.data.ingest.pool import Limits, Pool
 from mmfm_jax.data.refuse import Refused
 from mmfm_jax.errors import UserError
+from mmfm_jax.extras import pip_install
 
 _TRIES = 4
 """Machines that may be lost under one task before it is refused."""
@@ -45,7 +46,7 @@ class RayPool:
 
     def __enter__(self) -> RayPool:
         if find_spec("ray") is None:
-            raise UserError("Ray is not installed; run `pip install 'mmfm_jax[ray]'`")
+            raise UserError(f"Ray is not installed; {pip_install('ray')}")
         import ray
 
         if not ray.is_initialized():

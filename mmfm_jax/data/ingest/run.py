@@ -33,7 +33,7 @@ from mmfm_jax.data.ingest.load import load_dataset, read_key
 from mmfm_jax.data.ingest.masks import apart
 from mmfm_jax.data.ingest.place import already, check_old, work_folder, write
 from mmfm_jax.data.ingest.pool import Limits, Pool, Runner
-from mmfm_jax.data.ingest.progress import progress_on, shown
+from mmfm_jax.data.ingest.progress import shown
 from mmfm_jax.data.ingest.ray_pool import RayPool
 from mmfm_jax.data.ingest.series import group
 from mmfm_jax.data.ingest.studies import TEXTS, Join, Joined, RawText
@@ -42,6 +42,7 @@ from mmfm_jax.data.split import fingerprint
 from mmfm_jax.data.store.study_store import StudyStore
 from mmfm_jax.data.study import ColumnSpec, ImageSpec, LabelSpec, MaskSpec, Schema
 from mmfm_jax.errors import UserError
+from mmfm_jax.screen import progress_on
 
 _TEXTS_AT_ONCE = 64
 

@@ -51,6 +51,7 @@ class Table(Config):
     missing: tuple[str, ...] = ("", "NA", "N/A", "NaN", "nan", "null", "None")
     """Cells that stand for a missing value."""
     encoding: str = "utf-8-sig"
+    """Of the characters of CSV, TSV and JSONL, by Python's name of it."""
 
     @model_validator(mode="before")
     @classmethod

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from mmfm_jax.data.deid.scrub import spellings
 from mmfm_jax.data.refuse import Refused
 from mmfm_jax.errors import UserError
+from mmfm_jax.extras import pip_install
 
 if TYPE_CHECKING:
     import pydicom
 
-INSTALL = "run `pip install 'mmfm_jax[ingest]'`"
+INSTALL = pip_install("ingest")
 SEG, RTSTRUCT = "SEG", "RTSTRUCT"
 SEGMENTATIONS = (SEG, RTSTRUCT)
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")

@@ -6,7 +6,7 @@ import gzip
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import yaml
 from rich.console import Console
-from rich.progress import track
 
 from mmfm_jax.data.ingest.dataset import Dataset
 from mmfm_jax.data.ingest.pool import Limits
@@ -23,6 +22,7 @@ from mmfm_jax.data.ingest.run import ingest, schema_of, source_of
 from mmfm_jax.data.store.format import local_folder, open_kvstore, read_store_file
 from mmfm_jax.data.store.writer import check_free
 from mmfm_jax.errors import UserError
+from mmfm_jax.extras import check_installed
 from mmfm_jax.screen import make_console
 
 _CHANGED = 946_684_800
@@ -99,17 +99,11 @@ def _source_folder(out: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def shown(items: Sequence[Any], words: str, console: Console) -> Iterable[Any]:
-    """The items, counted on the screen."""
-    return track(items, words, console=console, transient=True)
-
-
 def write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
     """Writes voxels [z, y, x] with the affine of (x, y, z, 1) to RAS mm; the same voxels give the same bytes."""
-    try:
-        import nibabel
-    except ImportError as error:
-        raise UserError("nibabel is not installed; run `pip install 'mmfm_jax[samples]'`") from error
+    check_installed("a sample with images", ["nibabel"], "samples")
+    import nibabel
+
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nibabel.Nifti1Image(voxels.T, affine)
     path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))

@@ -25,14 +25,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.progress import track
 
 from mmfm_jax.data.split import FRACTIONS, fingerprint, pseudonym, split_of
 from mmfm_jax.data.store.format import open_kvstore, read_store_file
 from mmfm_jax.data.store.writer import write_store
 from mmfm_jax.data.study import ColumnSpec, LabelSpec, Schema, Study
 from mmfm_jax.errors import UserError
-from mmfm_jax.screen import make_console
+from mmfm_jax.screen import counted, make_console
 
 LEAST_OF_A_KIND = 1000
 """Series that a maker or a body part needs, to be in the vocabulary or a class."""
@@ -94,7 +93,7 @@ def build_idc(out: str, split_key: str, console: Console | None = None) -> bool:
             )
         return False
     total = pq.read_metadata(path).num_rows
-    studies = track(_studies(path, schema, split_key), "Writing series", total, console=console, transient=True)
+    studies = counted(_studies(path, schema, split_key), "Writing series", console, total)
     description = (
         "DICOM series of the NCI Imaging Data Commons: descriptions, numbers and categories without any image. "
         f"Licences of the series: {licences}."

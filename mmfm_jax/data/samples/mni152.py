@@ -23,8 +23,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from mmfm_jax.data.samples.build import Sample, build_sample, shown, write_nifti
+from mmfm_jax.data.samples.build import Sample, build_sample, write_nifti
 from mmfm_jax.errors import UserError
+from mmfm_jax.extras import pip_install
+from mmfm_jax.screen import counted
 
 BLOCK = 32
 """Voxels of 1 mm along each side."""
@@ -124,8 +126,7 @@ def read_template() -> Template:
     paths = [folder / f"mni_icbm152_{name}_tal_nlin_sym_09a_converted.nii.gz" for name in ("t1", "gm", "wm")]
     if not all(path.is_file() for path in paths):
         raise UserError(
-            "nilearn 0.14, whose wheel holds the MNI152 template, is not installed; "
-            "run `pip install 'mmfm_jax[samples]'`"
+            f"nilearn 0.14, whose wheel holds the MNI152 template, is not installed; {pip_install('samples')}"
         )
     import nibabel as nib
 
@@ -169,7 +170,7 @@ def _write(folder: Path, console: Console) -> None:
     with (folder / "blocks.csv").open("w", newline="") as table, (folder / "words.jsonl").open("w") as texts:
         rows = csv.writer(table)
         rows.writerow(["region", "side", *DATASET["columns"]])
-        for block in shown(list(blocks(template)), "Cutting blocks", console):
+        for block in counted(list(blocks(template)), "Cutting blocks", console):
             grey, white = block.of(template.grey), block.of(template.white)
             path, affine = f"{block.region}/{block.side}.nii.gz", block.affine(template)
             write_nifti(folder / "t1" / path, block.of(template.t1), affine)
