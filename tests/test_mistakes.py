@@ -52,7 +52,7 @@ def swap(old: str, new: str) -> str:
 LAUGHS = "l0: &l0 [Doe, Doe]\n" + "".join(f"l{i}: &l{i} [*l{i - 1}, *l{i - 1}]\n" for i in range(1, 40))
 FILES = {
     # unknown fields come first, with what was probably meant
-    "a field without its underscore": (swap("batch_size", "batchsize"), "train.batchsize: is not a known field; did you mean batch_size?"),
+    "a field without its underscore": (swap("batch_size", "batchsize"), "train.batchsize: is not a known field; did you mean batch_size?\n"),
     "a field in camel case": (swap("learning_rate", "learningRate"), "optimizer.learningRate: is not a known field; did you mean learning_rate?"),
     "a field with a letter missing": (swap("depth: 1, heads: 2, latents", "dept: 1, heads: 2, latents"), "model.fusion.dept: is not a known field; did you mean depth?"),
     "a section with a letter missing": (swap("optimizer:", "optimiser:"), "optimiser: is not a known field; did you mean optimizer?"),
@@ -306,6 +306,7 @@ def test_a_mistake_in_words_is_told_in_a_sentence(what, capsys):
         (["--inputs.columns.1", "weight"], "inputs.columns", ("age", "weight")),
         (["--optimizer.groups.0.frozen", "False"], "optimizer.groups.0.frozen", False),
         (["--optimizer.groups.1.match", "model.*"], "optimizer.groups.1.match", "model.*"),
+        (["--model.vision.wavelengths_mm.1", "512"], "model.vision.wavelengths_mm", (4.0, 512.0)),
         (["--evaluate.recall_at.0", "2"], "evaluate.recall_at", (2, 5, 10)),
         (["--data.store", "", "--data.mix.a.store", "s3://a"], "data.mix.a.store", "s3://a"),
         (["--tasks.again.kind", "masked", "--tasks.again.weights.text", "2"], "tasks.again.weights.text", 2.0),
