@@ -49,7 +49,7 @@ def test_a_bucket_is_refused_before_anything_is_made(monkeypatch, tmp_path, plac
     for given in (place, Path(place)):
         with pytest.raises(UserError, match="a run lies in a folder of this machine, not in a bucket"):
             checked(given)
-        with pytest.raises(UserError, match=f"^{place.replace(':/b', '://b')}: a run lies"):
+        with pytest.raises(UserError, match=f"^{place.partition(':')[0]}://.*/run: a run lies"):
             folder.read(Path(given))
     assert not list(tmp_path.iterdir())
 
