@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from rich.console import Console
+from tokenizers import Regex, models, normalizers
 from tokenizers import Tokenizer as Foreign
-from tokenizers import models, normalizers
 
 from mmfm_jax.cli import main
 from mmfm_jax.data import parquet
@@ -79,7 +79,7 @@ def template(tmp_path_factory) -> Path:
         )
 
     place = tmp_path_factory.mktemp("hostile") / "store"
-    beside = {"rejects.parquet": to_parquet([]), "inputs.json": b"{}"}
+    beside = {"rejects.parquet": to_parquet([]), "inputs.json": b'{"images": {"inputs": 4, "taken": 4, "refused": 0}}'}
     told = {"description": "\n".join(STRINGS), "source": {STRINGS[1]: STRINGS[7]}}
     write_store(str(place), schema, map(study, range(4)), beside=beside, **told)
     return place
@@ -260,7 +260,6 @@ LIES = {
     "no tables": into("files", {}),
     "no splits": into("counts", {}),
     "a column without statistics": into("schema", "columns", "new", {"kind": "number"}),
-    "a split that studies do not have": lie(lambda raw: raw["counts"].update(other=raw["counts"].pop("train"))),
     "more studies than rows": into("counts", "train", "studies", 3),
     "nested statistics": raw("[" * 200_000, "stats.json"),
     "an account of nothing": raw('{"images": {"inputs": "many"}}', "inputs.json"),
@@ -277,6 +276,12 @@ def test_a_lie_of_a_store_is_told_in_one_sentence(said, store, name, monkeypatch
     LIES[name](store)
     assert str(store) in said("inspect", store)
     assert not list(store.glob("*.html"))
+
+
+def test_a_split_that_no_study_has_is_told(store):
+    lie(lambda raw: raw["counts"].update(other=raw["counts"].pop("train")))(store)
+    with pytest.raises(UserError, match=r"index.parquet/00000.parquet: is not what store.json says"):
+        StudyStore.open(str(store)).rows("other")
 
 
 @pytest.mark.parametrize("name", ["store.json", "stats.json"])
@@ -398,32 +403,29 @@ def test_an_evaluation_says_where_studies_are_and_goes_nowhere_unasked(make_expe
     assert screen.getvalue() == "Studies: /data/[/mL]\n"
 
 
-def tokenizer_json(change) -> str:
+def tokenizer_json(normalizer=None, last: int = 2) -> str:
     made = Foreign(models.WordLevel({"[PAD]": 0, "[MASK]": 1, "a": 2}, "[MASK]"))
-    change(made)
-    return made.to_str()
+    if normalizer is not None:
+        made.normalizer = normalizer
+    raw = json.loads(made.to_str())
+    raw["model"]["vocab"]["a"] = last
+    return json.dumps(raw)
 
 
-def grows(made) -> None:
-    made.normalizer = normalizers.Sequence([normalizers.Replace("a", "aaaa")] * 20)
+GROWS = normalizers.Sequence([normalizers.Replace("a", "aaaa")] * 20)
+SEARCHES = normalizers.Replace(Regex("(a+)+b"), "x")
 
 
-def far(made) -> None:
-    made.model = models.WordLevel({"[PAD]": 0, "[MASK]": 1, "a": 2**31}, "[MASK]")
-
-
-def searches(made) -> None:
-    from tokenizers import Regex
-
-    made.normalizer = normalizers.Replace(Regex("(a+)+b"), "x")
-
-
-@pytest.mark.parametrize("change, told", [(grows, "grow"), (far, "2,147,483,648"), (searches, "for ever")])
-def test_a_tokenizer_of_others_is_bounded(change, told, tmp_path):
-    (tmp_path / "tokenizer.json").write_text(tokenizer_json(change))
+@pytest.mark.parametrize(
+    "made, told",
+    [((GROWS,), "grow"), ((SEARCHES,), "for ever"), ((None, 2**31), "2,147,483,648")],
+    ids=["grows", "searches", "ids"],
+)
+def test_a_tokenizer_of_others_is_bounded(made, told, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json(*made))
     with pytest.raises(UserError, match=told):
         Tokenizer.load(tmp_path / "tokenizer.json")
-    assert Tokenizer.from_json(tokenizer_json(lambda made: None)).vocabulary_size == 3
+    assert Tokenizer.from_json(tokenizer_json()).vocabulary_size == 3
 
 
 FAMILIAR = r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # of GPT-4

@@ -82,7 +82,7 @@ class StoreFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
+    format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)] = FORMAT_VERSION
     description: str = ""
     source: dict[str, str] = {}
     """What the store was built from and with which settings; holds no secret and no identifier."""
