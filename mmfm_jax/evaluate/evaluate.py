@@ -66,7 +66,8 @@ def evaluate(run: str | Path, console: Console | None = None, remote: bool = Fal
             "evaluation runs in one process (over all its devices); start `mmfm evaluate` on one host alone"
         )
     run, console = Path(run), console or make_console()
-    places = folder.read(run)[0].data.places
+    trained = load_run(run)
+    places = trained.experiment.data.places
     for place in places:
         if local_folder(place) is None and not remote:
             raise UserError(
@@ -74,7 +75,6 @@ def evaluate(run: str | Path, console: Console | None = None, remote: bool = Fal
                 "that place and who wrote the run, give --remote"
             )
     console.print(plain(f"Studies: {' + '.join(places)}"), soft_wrap=True)
-    trained = load_run(run)
     store = open_data(trained.experiment.data)
     samples = Samples(store, trained.experiment.inputs, trained.spec, trained.tokenizer)
     result = measure_run(trained, store, samples, console)

@@ -9,6 +9,7 @@ import shutil
 import stat
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 from zlib import crc32
 
@@ -382,25 +383,24 @@ def test_rejects_of_a_stranger_are_refused_or_shown_as_text(said, capsys, store,
 
 
 def test_an_evaluation_says_where_studies_are_and_goes_nowhere_unasked(make_experiment, monkeypatch, tmp_path):
-    def load(run):
+    def opened(_):
         raise UserError("this far")
 
-    def found(store):
-        return lambda run: (make_experiment({"data.store": store}), None, None)
+    def evaluate(url: str, **more) -> str:
+        """What it says and how it ends."""
+        run = SimpleNamespace(experiment=make_experiment({"data.store": url}))
+        monkeypatch.setattr(evaluation, "load_run", lambda _: run)
+        screen = io.StringIO()
+        with pytest.raises(UserError) as refused:
+            evaluation.evaluate(tmp_path, Console(file=screen, width=200), **more)
+        return screen.getvalue() + str(refused.value)
 
-    monkeypatch.setattr(evaluation, "load_run", load)
-    screen = io.StringIO()
+    monkeypatch.setattr(evaluation, "open_data", opened)
     for url in ("http://127.0.0.1:9/store", "https://x.example/[/mL]", "gs://bucket/store", "s3://bucket/store"):
-        monkeypatch.setattr(evaluation.folder, "read", found(url))
-        with pytest.raises(UserError, match="--remote") as refused:
-            evaluation.evaluate(tmp_path, Console(file=screen))
-        assert url in str(refused.value) and not screen.getvalue()
-        with pytest.raises(UserError, match="this far"):
-            evaluation.evaluate(tmp_path, Console(file=io.StringIO(), width=200), remote=True)
-    monkeypatch.setattr(evaluation.folder, "read", found("/data/[/mL]"))
-    with pytest.raises(UserError, match="this far"):
-        evaluation.evaluate(tmp_path, Console(file=screen))
-    assert screen.getvalue() == "Studies: /data/[/mL]\n"
+        refused = evaluate(url)
+        assert url in refused and "--remote" in refused and "this far" not in refused
+        assert evaluate(url, remote=True) == f"Studies: {url}\nthis far"
+    assert evaluate("/data/[/mL]") == "Studies: /data/[/mL]\nthis far"
 
 
 def tokenizer_json(normalizer=None, last: int = 2) -> str:
