@@ -88,9 +88,9 @@ def _decoded_bytes(data: bytes, start: int, chunk: pq.ColumnChunkMetaData, most:
         raise ValueError("it is cut short")
     while at < end:
         header, at = _struct(view, at)
-        kind, size, stored = (header.get(field) for field in (1, 2, 3))
-        page = header.get(5) or header.get(7) or header.get(8) or {}
-        values, encoding = page.get(1), page.get(4 if 8 in header else 2)
+        kind, size, stored = (header.get(field, -1) for field in (1, 2, 3))
+        page: dict[int, Any] = header.get(5) or header.get(7) or header.get(8) or {}
+        values, encoding = page.get(1, -1), page.get(4 if 8 in header else 2)
         if not all(isinstance(n, int) and n >= 0 for n in (size, stored, values)) or encoding not in _ENCODINGS:
             raise ValueError("a page of it is none of ours")
         total += size + values * _VALUE_BYTES
@@ -121,7 +121,8 @@ def _struct(data: memoryview, at: int, depth: int = 4) -> tuple[dict[int, Any], 
     """A struct of Thrift's compact protocol, its whole numbers and structs by field, and where it ends."""
     if not depth:
         raise ValueError("a page's header is nested too deep")
-    out, field = {}, 0
+    out: dict[int, Any] = {}
+    field = 0
     while (byte := data[at]) & 0x0F:
         at += 1
         if byte >> 4:

@@ -67,7 +67,8 @@ def evaluate(run: str | Path, console: Console | None = None, remote: bool = Fal
         )
     check_installed("evaluate", ["matplotlib", "sklearn"], "evaluate")
     run, console = Path(run), console or make_console()
-    places = folder.read(run)[0].data.places
+    trained = load_run(run)
+    places = trained.experiment.data.places
     for place in places:
         if local_folder(place) is None and not remote:
             raise UserError(
@@ -75,7 +76,6 @@ def evaluate(run: str | Path, console: Console | None = None, remote: bool = Fal
                 "that place and who wrote the run, give --remote"
             )
     console.print(plain(f"Studies: {' + '.join(places)}"), soft_wrap=True)
-    trained = load_run(run)
     store = open_data(trained.experiment.data)
     samples = Samples(store, trained.experiment.inputs, trained.spec, trained.tokenizer)
     result = measure_run(trained, store, samples, console)

@@ -9,6 +9,7 @@ import shutil
 import stat
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 from zlib import crc32
 
@@ -18,8 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from rich.console import Console
+from tokenizers import Regex, models, normalizers
 from tokenizers import Tokenizer as Foreign
-from tokenizers import models, normalizers
 
 from mmfm_jax.cli import main
 from mmfm_jax.data import parquet
@@ -79,7 +80,7 @@ def template(tmp_path_factory) -> Path:
         )
 
     place = tmp_path_factory.mktemp("hostile") / "store"
-    beside = {"rejects.parquet": to_parquet([]), "inputs.json": b"{}"}
+    beside = {"rejects.parquet": to_parquet([]), "inputs.json": b'{"images": {"inputs": 4, "taken": 4, "refused": 0}}'}
     told = {"description": "\n".join(STRINGS), "source": {STRINGS[1]: STRINGS[7]}}
     write_store(str(place), schema, map(study, range(4)), beside=beside, **told)
     return place
@@ -260,7 +261,6 @@ LIES = {
     "no tables": into("files", {}),
     "no splits": into("counts", {}),
     "a column without statistics": into("schema", "columns", "new", {"kind": "number"}),
-    "a split that studies do not have": lie(lambda raw: raw["counts"].update(other=raw["counts"].pop("train"))),
     "more studies than rows": into("counts", "train", "studies", 3),
     "nested statistics": raw("[" * 200_000, "stats.json"),
     "an account of nothing": raw('{"images": {"inputs": "many"}}', "inputs.json"),
@@ -277,6 +277,12 @@ def test_a_lie_of_a_store_is_told_in_one_sentence(said, store, name, monkeypatch
     LIES[name](store)
     assert str(store) in said("inspect", store)
     assert not list(store.glob("*.html"))
+
+
+def test_a_split_that_no_study_has_is_told(store):
+    lie(lambda raw: raw["counts"].update(other=raw["counts"].pop("train")))(store)
+    with pytest.raises(UserError, match=r"index.parquet/00000.parquet: is not what store.json says"):
+        StudyStore.open(str(store)).rows("other")
 
 
 @pytest.mark.parametrize("name", ["store.json", "stats.json"])
@@ -377,53 +383,49 @@ def test_rejects_of_a_stranger_are_refused_or_shown_as_text(said, capsys, store,
 
 
 def test_an_evaluation_says_where_studies_are_and_goes_nowhere_unasked(make_experiment, monkeypatch, tmp_path):
-    def load(run):
+    def opened(_):
         raise UserError("this far")
 
-    def found(store):
-        return lambda run: (make_experiment({"data.store": store}), None, None)
+    def evaluate(url: str, **more) -> str:
+        """What it says and how it ends."""
+        run = SimpleNamespace(experiment=make_experiment({"data.store": url}))
+        monkeypatch.setattr(evaluation, "load_run", lambda _: run)
+        screen = io.StringIO()
+        with pytest.raises(UserError) as refused:
+            evaluation.evaluate(tmp_path, Console(file=screen, width=200), **more)
+        return screen.getvalue() + str(refused.value)
 
-    monkeypatch.setattr(evaluation, "load_run", load)
-    screen = io.StringIO()
+    monkeypatch.setattr(evaluation, "open_data", opened)
     for url in ("http://127.0.0.1:9/store", "https://x.example/[/mL]", "gs://bucket/store", "s3://bucket/store"):
-        monkeypatch.setattr(evaluation.folder, "read", found(url))
-        with pytest.raises(UserError, match="--remote") as refused:
-            evaluation.evaluate(tmp_path, Console(file=screen))
-        assert url in str(refused.value) and not screen.getvalue()
-        with pytest.raises(UserError, match="this far"):
-            evaluation.evaluate(tmp_path, Console(file=io.StringIO(), width=200), remote=True)
-    monkeypatch.setattr(evaluation.folder, "read", found("/data/[/mL]"))
-    with pytest.raises(UserError, match="this far"):
-        evaluation.evaluate(tmp_path, Console(file=screen))
-    assert screen.getvalue() == "Studies: /data/[/mL]\n"
+        refused = evaluate(url)
+        assert url in refused and "--remote" in refused and "this far" not in refused
+        assert evaluate(url, remote=True) == f"Studies: {url}\nthis far"
+    assert evaluate("/data/[/mL]") == "Studies: /data/[/mL]\nthis far"
 
 
-def tokenizer_json(change) -> str:
+def tokenizer_json(normalizer=None, last: int = 2) -> str:
     made = Foreign(models.WordLevel({"[PAD]": 0, "[MASK]": 1, "a": 2}, "[MASK]"))
-    change(made)
-    return made.to_str()
+    if normalizer is not None:
+        made.normalizer = normalizer
+    raw = json.loads(made.to_str())
+    raw["model"]["vocab"]["a"] = last
+    return json.dumps(raw)
 
 
-def grows(made) -> None:
-    made.normalizer = normalizers.Sequence([normalizers.Replace("a", "aaaa")] * 20)
+GROWS = normalizers.Sequence([normalizers.Replace("a", "aaaa")] * 20)
+SEARCHES = normalizers.Replace(Regex("(a+)+b"), "x")
 
 
-def far(made) -> None:
-    made.model = models.WordLevel({"[PAD]": 0, "[MASK]": 1, "a": 2**31}, "[MASK]")
-
-
-def searches(made) -> None:
-    from tokenizers import Regex
-
-    made.normalizer = normalizers.Replace(Regex("(a+)+b"), "x")
-
-
-@pytest.mark.parametrize("change, told", [(grows, "grow"), (far, "2,147,483,648"), (searches, "for ever")])
-def test_a_tokenizer_of_others_is_bounded(change, told, tmp_path):
-    (tmp_path / "tokenizer.json").write_text(tokenizer_json(change))
+@pytest.mark.parametrize(
+    "made, told",
+    [((GROWS,), "grow"), ((SEARCHES,), "for ever"), ((None, 2**31), "2,147,483,648")],
+    ids=["grows", "searches", "ids"],
+)
+def test_a_tokenizer_of_others_is_bounded(made, told, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json(*made))
     with pytest.raises(UserError, match=told):
         Tokenizer.load(tmp_path / "tokenizer.json")
-    assert Tokenizer.from_json(tokenizer_json(lambda made: None)).vocabulary_size == 3
+    assert Tokenizer.from_json(tokenizer_json()).vocabulary_size == 3
 
 
 FAMILIAR = r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # of GPT-4

@@ -82,7 +82,7 @@ class StoreFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
+    format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)] = FORMAT_VERSION
     description: str = ""
     source: dict[str, str] = {}
     """What the store was built from and with which settings; holds no secret and no identifier."""
@@ -237,11 +237,13 @@ def array_spec(kvstore: ts.KvStore, path: str) -> dict:
 
 def check_array(array: ts.TensorStore) -> None:
     """Raises ValueError for an array that the writer would not have made, before a chunk of it is decoded."""
-    chain = [codec["name"] for codec in array.spec().to_json()["metadata"]["codecs"]]
-    inner = array.codec.to_json()["codecs"][0].get("configuration", {}).get("codecs", [])
-    if chain != ["sharding_indexed"] or [codec["name"] for codec in inner] != [codec["name"] for codec in _CODECS]:
+    metadata = array.spec().to_json()["metadata"]
+    (outer, *more) = metadata["codecs"]
+    inner = [codec["name"] for codec in outer.get("configuration", {}).get("codecs", [])]
+    if more or outer["name"] != "sharding_indexed" or inner != [codec["name"] for codec in _CODECS]:
         raise ValueError("its chunks are not coded as ours")
-    chunk, shard = (prod(grid.shape) for grid in (array.chunk_layout.read_chunk, array.chunk_layout.write_chunk))
+    chunk = prod(outer["configuration"]["chunk_shape"])
+    shard = prod(metadata["chunk_grid"]["configuration"]["chunk_shape"])
     if chunk * array.dtype.numpy_dtype.itemsize > MOST_CHUNK_BYTES or shard // chunk > _MOST_IN_SHARD:
         raise ValueError("its chunks are larger than ours")
 

@@ -278,6 +278,7 @@ class StudyStore(Studies):
         held = self._rows.get(row, (place,) if shape else (place, f"image/{role}/shape"))
         if held[place] is None:
             return None
+        extent: Any
         extent, spacing_mm = shape or tuple(held[f"image/{role}/shape"] or ()), tuple(held[place])
         channels = self.schema.images[role].channels
         possible = len(extent) == len(spacing_mm) == 3 and min(extent) > 0 and prod(extent) * channels <= MOST_VOXELS
