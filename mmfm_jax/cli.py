@@ -151,14 +151,19 @@ def _train(args: argparse.Namespace, experiment: Experiment, stopping: StopSigna
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measures a run on held-out patients; writes evaluation.json and report.html into it."""
+    from mmfm_jax.extras import check_installed
     from mmfm_jax.train.place import CONFIG, check_run
 
+    check_installed("evaluate", ["matplotlib", "sklearn"], "evaluate")
     check_run(args.run)
 
+    from mmfm_jax.data.store.format import local_folder
     from mmfm_jax.data.store.mix import check_there
     from mmfm_jax.experiment import load_experiment
 
-    check_there(load_experiment(args.run / CONFIG).data)
+    data = load_experiment(args.run / CONFIG).data
+    if args.remote or all(local_folder(place) is not None for place in data.places):
+        check_there(data)
 
     from mmfm_jax.evaluate.evaluate import evaluate
 

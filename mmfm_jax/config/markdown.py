@@ -9,6 +9,7 @@ from typing import Any
 Schema = dict[str, Any]
 LIMITS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
 OWN = "fields of its own"
+LARGEST = 2**31 - 1  # a limit of what a machine can count is none that a reader asks for
 
 
 def markdown(title: str, command: str, schema: Schema) -> str:
@@ -94,7 +95,8 @@ def _type(of: Schema) -> str:
     if named := _named(of):
         each = _type(named[0])
         return ("by name, each with " if each == OWN else "by name, each ") + each
-    return " ".join([of.get("type", "anything"), *(f"{word} {of[key]}" for key, word in LIMITS.items() if key in of)])
+    limits = [f"{word} {of[key]}" for key, word in LIMITS.items() if key in of and of[key] < LARGEST]
+    return " ".join([of.get("type", "anything"), *limits])
 
 
 def _flat(text: str) -> str:

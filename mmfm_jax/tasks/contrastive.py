@@ -29,9 +29,9 @@ from mmfm_jax.model.layers import Linear
 from mmfm_jax.model.multimodal import Encoded, modality
 from mmfm_jax.model.parameter import parameter
 from mmfm_jax.model.pool import AttentionPool
+from mmfm_jax.model.readings import excerpts, one_reading
 from mmfm_jax.model.tokens import Tokens, join
 from mmfm_jax.tasks.base import Losses, Task, Views
-from mmfm_jax.tasks.readings import excerpts, one_reading
 
 EXAMPLES = 12
 

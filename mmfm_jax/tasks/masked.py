@@ -29,10 +29,10 @@ from mmfm_jax.model.hiding import hide
 from mmfm_jax.model.layers import Linear, Table
 from mmfm_jax.model.multimodal import Hidden, table_present
 from mmfm_jax.model.position import angles_1d, angles_3d, waves
+from mmfm_jax.model.readings import one_reading
 from mmfm_jax.model.tokens import Tokens, join
 from mmfm_jax.model.vision import as_patches
 from mmfm_jax.tasks.base import Losses, Task, Views
-from mmfm_jax.tasks.readings import one_reading
 
 
 @dataclass(frozen=True)
