@@ -175,7 +175,7 @@ def text_parts(spec: InputSpec, tokenizer: Tokenizer, studies: Sequence[Sequence
             np.empty((len(studies), 2 * spec.text_tokens[field] // length), np.uint32),
             np.zeros((len(studies), length), np.int32) if field in spec.excerpts else None,
         )
-        texts = [[(words[field],) * 2 for words in readings if field in words] for readings in studies]
+        texts = [[(words[field], words[field]) for words in readings if field in words] for readings in studies]
         fill_texts(part, texts, length, tokenizer)
         parts[field] = part
     return parts

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from tensorboardX import SummaryWriter
 
 from mmfm_jax.files import open_own, replace
+from mmfm_jax.screen import text_column
 from mmfm_jax.train import goodput
 from mmfm_jax.train.clock import Clock
 from mmfm_jax.train.lines import Lines, told

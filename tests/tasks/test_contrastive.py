@@ -67,7 +67,7 @@ def test_studies_of_one_report_are_no_negatives_whatever_sentences_are_shown(mat
     def loss(masked: bool, sides) -> float:
         config = ContrastiveConfig(width=8, mask_duplicates=masked)
         task = Contrastive("image_text", config, material.experiment.model, material.spec, nnx.Rngs(params=1))
-        task.embed = lambda views, side: sides[side]
+        task.embed = lambda encoded, side: sides[side]
         return float(task.loss(Views(model, batch), jax.random.split(jax.random.key(0), 16)).parts["loss"].value)
 
     rng = np.random.default_rng(0)
