@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from mmfm_jax.errors import UserError
-from mmfm_jax.files import PARTIAL
+from mmfm_jax.files import PARTIAL, refuse_links
 
 CONFIG, INPUTS, TOKENIZER, LOCK = "config.yaml", "inputs.json", "tokenizer.json", ".lock"
 VERSIONS = "versions.json"
@@ -42,15 +42,20 @@ def check_run(run: Path) -> None:
 
 
 def check_free(run: Path) -> None:
-    """Raises UserError when a folder is no run and cannot become one: others' files lie there, or it cannot be made."""
+    """Raises UserError when a folder is no run and cannot become one: others' files lie there, or it cannot be made.
+
+    A folder that holds a link is refused whether it is a run or not."""
     try:
         os.lstat(run / CONFIG)
-        return
+        holds_run = True
     except (FileNotFoundError, NotADirectoryError):
-        pass
+        holds_run = False
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "that is no name of a folder"
         raise UserError(f"{run}: cannot be used: {reason}; give another --run") from error
+    refuse_links(run)
+    if holds_run:
+        return
     there = next(place for place in (run.absolute(), *run.absolute().parents) if os.path.exists(place))
     if not there.is_dir():
         raise UserError(f"{run}: cannot be made, since {there} is a file; give another --run")

@@ -111,8 +111,8 @@ def test_a_folder_that_is_no_run(capsys, tmp_path, config):
         ("gs://bucket/run", "gs://bucket/run: a run lies in a folder of this machine, not in a bucket"),
         ("s3://bucket/run", "s3://bucket/run: a run lies in a folder"),
         ("/proc/run", "/proc/run: cannot be written (No such file or directory)"),
-        ("taken", "taken: is a file; give a folder"),
-        ("taken/run", "taken is a file, so that no folder can be made in it"),
+        ("taken", "taken is a file; give another --run"),
+        ("taken/run", "taken is a file; give another --run"),
     ],
 )
 def test_a_place_that_can_hold_no_run(capsys, config, tmp_path, monkeypatch, run, expected):
