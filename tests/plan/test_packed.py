@@ -39,7 +39,7 @@ def test_the_shapes_planned_are_those_that_the_pipeline_makes(planned, material)
     noise = measure.random_batch(spec, experiment.labels, 16, {"ct": "uint8"})
     assert jax.tree.map(lambda x: (x.shape, x.dtype), noise) == shapes
     assert np.unique(np.asarray(noise.packed["ct"].segment)).tolist() == [1, 2, 3, 4]
-    assert tokens_of(spec) == 20 // 4 + 12 + 3
+    assert tokens_of(spec) == 20 // 4 + 2 * 12 + 3
 
 
 def test_a_packed_step_is_traced_for_a_mesh(planned):
