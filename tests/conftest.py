@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import gc
 import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -56,6 +57,13 @@ LONGEST = ("end_to_end", "notebooks", "test_mesh", "tasks/test_packing", "test_s
 def pytest_collection_modifyitems(items) -> None:
     """The longest files first."""
     items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST)))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def hear_ctrl_c():
+    """A shell starts what runs in its background with SIGINT ignored, and so are its children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="module")

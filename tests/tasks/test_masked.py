@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mmfm_jax.data.feed.transforms import prepare
 from mmfm_jax.losses.vocabulary import chunked_cross_entropy
 from mmfm_jax.model.multimodal import MultimodalModel
+from mmfm_jax.model.readings import one_reading
 from mmfm_jax.model.vision import patches
 from mmfm_jax.tasks import masked
 from mmfm_jax.tasks.base import Views
@@ -93,7 +94,7 @@ def test_image_loss_of_a_blind_head_is_the_mean_square_of_the_hidden_patches(set
 def test_what_is_hidden_reaches_no_latent_and_is_what_is_scored(setting, monkeypatch):
     task, views = setting
     batch, keys = views.batch, keys_of(views)
-    masks, shape = task._draw(task._first_texts(batch), keys), dict(task.shapes)["ct"]
+    masks, shape = task._draw(one_reading(batch, dict(task.lengths))[0], keys), dict(task.shapes)["ct"]
     latents, fuse = [], MultimodalModel.fuse
     monkeypatch.setattr(
         MultimodalModel, "fuse", lambda self, *a, **k: latents.append(fuse(self, *a, **k)) or latents[-1]
