@@ -70,6 +70,7 @@ def start_or_resume(
         now = versions.current(store)
         for sentence in versions.changed(run, now):
             tell(sentence)
+        run.mkdir(parents=True, exist_ok=True)
         versions.record(run, now)
         folder.write(run, experiment, spec, tokenizer)
     meet("run folder written")

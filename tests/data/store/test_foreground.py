@@ -193,7 +193,7 @@ def test_a_store_of_an_earlier_release_is_told_from_one_with_samples(tmp_path):
     [
         ({"foreground": {"share": 0.5}}, "foreground is of random crops; set crop: random"),
         ({"crop": "random", "foreground": {"mask": "organ", "above": 3}}, "leave one of them out"),
-        ({"crop": "random", "foreground": {"share": 1.5}}, "less than or equal to 1"),
+        ({"crop": "random", "foreground": {"share": 1.5}}, "share: is 1.5; give a number from 0 to 1"),
     ],
 )
 def test_a_foreground_that_cannot_be_is_an_error_of_the_configuration(make_experiment, image, message):
