@@ -68,14 +68,15 @@ def evaluate(run: str | Path, console: Console | None = None, remote: bool = Fal
     check_installed("evaluate", ["matplotlib", "sklearn"], "evaluate")
     run, console = Path(run), console or make_console()
     trained = load_run(run)
-    places = trained.experiment.data.places
-    for place in places:
-        if local_folder(place) is None and not remote:
+    for place in trained.experiment.data.places:
+        if local_folder(place) is not None:
+            continue
+        if not remote:
             raise UserError(
                 f"{run / folder.CONFIG}: its studies are at {place}, which is no folder of this machine; if you trust "
                 "that place and who wrote the run, give --remote"
             )
-    console.print(plain(f"Studies: {' + '.join(places)}"), soft_wrap=True)
+        console.print(plain(f"Studies are read from {place}."), soft_wrap=True)
     store = open_data(trained.experiment.data)
     samples = Samples(store, trained.experiment.inputs, trained.spec, trained.tokenizer)
     result = measure_run(trained, store, samples, console)

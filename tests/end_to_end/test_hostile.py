@@ -399,8 +399,8 @@ def test_an_evaluation_says_where_studies_are_and_goes_nowhere_unasked(make_expe
     for url in ("http://127.0.0.1:9/store", "https://x.example/[/mL]", "gs://bucket/store", "s3://bucket/store"):
         refused = evaluate(url)
         assert url in refused and "--remote" in refused and "this far" not in refused
-        assert evaluate(url, remote=True) == f"Studies: {url}\nthis far"
-    assert evaluate("/data/[/mL]") == "Studies: /data/[/mL]\nthis far"
+        assert evaluate(url, remote=True) == f"Studies are read from {url}.\nthis far"
+    assert evaluate("/data/[/mL]") == "this far"
 
 
 def tokenizer_json(normalizer=None, last: int = 2) -> str:
