@@ -62,17 +62,23 @@ class MultimodalModel(nnx.Module):
         if self.vision is not None:
             for role, image in (batch.images | batch.packed | hidden.images).items():
                 encoded[f"image/{role}"] = self.vision(role, image, fold(keys, len(encoded)))
-        if self.text is not None:
-            lengths = dict(self.lengths)
-            for field, text in batch.texts.items():
-                present, tokens = (text.tokens != PAD) & text.present[:, None], text.tokens
-                if field in hidden.tokens:
-                    tokens = jnp.where(hidden.tokens[field], self.mask_token, tokens)
-                x = self.text(tokens, present, lengths[field], fold(keys, len(encoded)))
-                encoded[f"text/{field}"] = Tokens(x, present)
+        encoded |= self.encode_texts(batch, hidden, keys, len(encoded))
         if self.table is not None:
             x = self.table(batch.table, hidden.columns, fold(keys, len(encoded)))
             encoded["table"] = Tokens(x, jnp.broadcast_to(table_present(batch)[:, None], x.shape[:2]))
+        return encoded
+
+    def encode_texts(
+        self, batch: Batch, hidden: Hidden = SHOWN, keys: PRNGKeyArray | None = None, first: int = 0
+    ) -> Encoded:
+        """Of the texts alone; `first`: the number of the first among all parts, by which noise is drawn."""
+        encoded, lengths = {}, dict(self.lengths)
+        for number, (field, text) in enumerate(batch.texts.items(), first):
+            present, tokens = (text.tokens != PAD) & text.present[:, None], text.tokens
+            if field in hidden.tokens:
+                tokens = jnp.where(hidden.tokens[field], self.mask_token, tokens)
+            x = self.text(tokens, present, lengths[field], fold(keys, number))  # pyright: ignore[reportOptionalCall]
+            encoded[f"text/{field}"] = Tokens(x, present)
         return encoded
 
     def fuse(

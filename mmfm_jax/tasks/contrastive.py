@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +80,7 @@ class Contrastive(Task):
         batch, encoded = views.batch, dict.fromkeys(self.config.between, views.encoded)
         if "text" in encoded and self.apart:
             batch = excerpts(batch, dict(self.lengths)) if views.train else one_reading(batch, dict(self.lengths))[0]
-            encoded["text"] = self._texts(views, batch, views.noise(keys))
+            encoded["text"] = views.model.encode_texts(batch, keys=views.noise(keys))
         (a, a_present), (b, b_present) = (self.embed(encoded[side], side) for side in self.config.between)
         duplicates = self.config.mask_duplicates and "text" in self.config.between
         scale = jnp.exp(self.log_scale[...])
@@ -102,15 +101,11 @@ class Contrastive(Task):
                 found[side], found[f"{side}_present"] = self.embed(views.encoded, side)
         return found
 
-    def _texts(self, views: Views, batch: Batch, noise: PRNGKeyArray | None = None) -> Encoded:
-        """The texts of a batch alone, encoded."""
-        return views.model.encode(replace(batch, images={}, packed={}), keys=noise)
-
     def _mean_of_texts(self, views: Views) -> tuple[Float[Array, "batch embedding"], Bool[Array, "batch"]]:
         total, count = jnp.zeros(()), jnp.zeros(())
         for i in range(self.readings):
             batch, held = one_reading(views.batch, dict(self.lengths), i)
-            vectors, _ = self.embed(self._texts(views, batch), "text")
+            vectors, _ = self.embed(views.model.encode_texts(batch), "text")
             total, count = total + jnp.where(held[:, None], vectors, 0), count + held
         return total / jnp.maximum(count, 1)[:, None], count > 0
 

@@ -148,16 +148,17 @@ def stacks_called(learner, batch, monkeypatch, train: bool) -> dict[str, list]:
 
 
 def test_in_training_every_stack_has_a_key_a_study_of_its_own_and_else_none(drawing, material, monkeypatch):
-    """Whole, and as masked modelling shows it; the fusions of several views share theirs, its decoder has none."""
+    """Whole, and as masked modelling shows it; the fusions of several views share theirs, its decoder has none. Of two
+    texts side by side each has its own, and the one that a contrast reads apart."""
     batch = prepare(material.batch, material.spec, None, None)
     calls = stacks_called(drawing, batch, monkeypatch, train=True)
     assert {name: len(of) for name, of in calls.items() if name != "fusion"} == {
-        "vision": 2, "text": 2, "table": 2, "masked": 1, "caption": 1,
+        "vision": 2, "text": 3, "table": 2, "masked": 1, "caption": 1,
     }  # fmt: skip
     assert calls.pop("masked") == [None]
     drawn = np.concatenate([keys for of in calls.values() for keys in of])
     apart = len(np.unique(drawn, axis=0)) / len(batch.study)
-    assert apart == 2 + 2 + 2 + 1 + 2 and len(calls["fusion"]) > 2
+    assert apart == 2 + (2 + 1 + 1) + 2 + 1 + 2 and len(calls["fusion"]) > 2
     monkeypatch.undo()
     for of in stacks_called(drawing, batch, monkeypatch, train=False).values():
         assert of and all(keys is None for keys in of)
