@@ -154,7 +154,7 @@ class TextInput(Config):
     1 shows the text as it stands."""
     excerpt: Fraction | None = None
     """Training only: contrasts read one text of a study, each of its sentences with this chance, in random order, while
-    other tasks read what `readings` and `sentence_keep` give. null: contrasts read one text as others do."""
+    other tasks read what `readings` and `sentence_keep` give. null: contrasts read the first of those texts."""
 
 
 class Inputs(Config):

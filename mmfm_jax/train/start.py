@@ -11,7 +11,6 @@ from mmfm_jax.data.feed.tokenizer import Tokenizer
 from mmfm_jax.data.store.studies import Studies
 from mmfm_jax.errors import UserError
 from mmfm_jax.experiment import Experiment
-from mmfm_jax.files import refuse_links
 from mmfm_jax.parallel.processes import meet
 from mmfm_jax.train import folder, versions
 from mmfm_jax.train.held import check_held
@@ -36,7 +35,6 @@ def start_or_resume(
     for split in ("train", "validation"):
         store.rows(split)
     held = None
-    refuse_links(run)
     if folder.exists(run):
         held, spec, tokenizer = folder.read(run)
         folder.check_same(run, held, experiment)

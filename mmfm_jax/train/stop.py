@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 NOTICE = "a preemption notice to the run"
@@ -31,7 +32,7 @@ class StopSignal:
         self.cause: str | None = None
         """Name of the signal that was heard first, or `NOTICE`; None while the run may go on."""
         self._begun = leave is None
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is not threading.main_thread():
@@ -53,7 +54,7 @@ class StopSignal:
             return
         for number, before in self._before.items():
             if number is signal.SIGINT or not in_group():
-                signal.signal(number, before)  # type: ignore[arg-type]
+                signal.signal(number, before)
         if self._leave:
             signal.set_wakeup_fd(self._wakeup)
             self._theirs.close()  # which ends the thread
