@@ -95,6 +95,16 @@ def test_texts_side_by_side_are_each_encoded_as_if_alone_and_fused_as_a_set(mate
     np.testing.assert_array_less(1e-4, np.abs(latents - model.fuse(encoded(tokens[:, :12])))[several].max(axis=(1, 2)))
 
 
+def test_no_token_of_a_text_sees_the_padding_behind_it(prepared, model):
+    text = prepared.texts["report"]
+    tokens = jnp.asarray(text.tokens[:, :12])
+    longer = jnp.pad(tokens, ((0, 0), (0, 8)))
+    short, padded = model.text(tokens, tokens != 0, 12), model.text(longer, longer != 0, 20)
+    held = np.asarray(tokens != 0)
+    assert held.any(axis=1).any() and not held.all(axis=1).all()
+    np.testing.assert_allclose(padded[:, :12][held], short[held], atol=1e-5)
+
+
 def test_hidden_columns_and_tokens_are_not_seen(material, prepared, model):
     shape = prepared.table.number_present.shape[0], 3
     hidden = Hidden({}, {"report": prepared.texts["report"].tokens != 0}, jnp.ones(shape, bool))
